@@ -1,0 +1,1 @@
+"""The systems, one folder each: what is particular to it, nothing else."""

@@ -1,0 +1,1 @@
+"""`toklab`: one small module a command; heavy imports stay inside the command."""

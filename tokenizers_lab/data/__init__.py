@@ -1,0 +1,1 @@
+"""Image folders, webdataset shards, decoding, cropping, batches; the small sample sets."""

@@ -1,0 +1,1 @@
+"""Transformer blocks and other layers that systems share."""

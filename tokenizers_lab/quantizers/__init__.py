@@ -1,0 +1,1 @@
+"""Bottlenecks: diagonal Gaussian, codebooks."""

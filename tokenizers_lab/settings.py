@@ -1,0 +1,95 @@
+"""The typed settings of a run. The comment behind a field is the help that `toklab config` shows."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ImageDataConfig:
+    """Images for training and validation. A source is `sample:photos`, a folder, or webdataset shards:
+    a .tar path, a glob, a brace range (shard-{000..099}.tar) or a URL that fsspec reads."""
+
+    train: str = MISSING             # source of the training images
+    val: str | None = None           # source of the held-out images; none: no validation
+    size: int = 256                  # pixels a side of the square crop
+    crop: str = "center"             # center: ADM's centre crop; random: a random square of crop_min to crop_max pixels
+    crop_min: int = 0                # random crop: smallest side in pixels of the source image; 0: size
+    crop_max: int = 0                # random crop: largest side in pixels; 0: the image's short side
+    flip: bool = True                # mirror half of the training images
+    val_limit: int | None = None     # at most this many validation images; none: all
+    samples: int | None = None       # number of training samples, needed by shards when a stage is given in epochs
+    shuffle_buffer: int = 1000       # shards: samples shuffled together inside one shard
+    max_pixels: int = 100_000_000    # larger images are refused by their header, before decoding
+    bad_fraction: float = 0.01       # unreadable samples above this share of those seen end the run
+    workers: int = 4                 # decoding processes for each rank; 0: in the training process
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW of the generator and of the discriminators."""
+
+    betas: tuple[float, float] = (0.9, 0.95)   # AdamW's moment decays
+    eps: float = 1e-8                          # AdamW's epsilon
+    weight_decay: float = 1e-4                 # decoupled weight decay
+    no_decay: list[str] = field(default_factory=list)   # name parts whose tensors are not decayed; tensors with < 2 axes never are
+    clip: float = 3.0                          # global L2 norm to which gradients are clipped; 0: none
+
+
+@dataclass
+class TrainConfig:
+    """What all stages share. One step is one optimiser update."""
+
+    batch_size: int = 32               # samples of a step over all processes and micro-batches
+    accumulate: int = 1                # micro-batches of a step
+    precision: str = "no"              # accelerate's mixed precision: no, bf16, fp16
+    seed: int = 0                      # every random draw follows from it
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: float = 0.999                 # decay of the moving average of the weights, which is what load() gives
+    max_minutes: float | None = None   # stop, saved and resumable, after this much training time in one session
+    log_every: int = 10                # steps between two lines of metrics.jsonl
+    validate_every: int = 1000         # steps between two validations (and one at the end of a stage); 0: at the end only
+    checkpoint_every: int = 1000       # steps between two checkpoints (and one at the end of a stage)
+    keep_last: int = 2                 # newest checkpoints that are kept
+    keep_best: int = 1                 # best checkpoints by `best` that are kept beside them
+    best: str = "psnr"                 # validation metric of the best checkpoint; a leading minus: smaller is better
+    max_strikes: int = 5               # non-finite steps in a row that end the run
+    compile: bool = False              # torch.compile the parts that training calls
+    activation_checkpointing: bool = False   # recompute block activations in the backward pass: less memory, more time
+    trackers: list[str] = field(default_factory=list)   # tensorboard, wandb: beside the JSONL file, through accelerate
+
+
+@dataclass
+class StageConfig:
+    """One stage of training. `warmup` and `starts` count in the unit of the length: steps, or epochs if `epochs` is given."""
+
+    name: str = MISSING                # shown in logs
+    steps: int | None = None           # length in steps
+    epochs: float | None = None        # or in passes over the training data
+    parts: list[str] = field(default_factory=list)   # submodules that train, e.g. encoder, decoder, heads; empty: all
+    lr: float = 1e-4                   # peak learning rate of the generator
+    discriminator_lr: float | None = None   # peak learning rate of the discriminators; none: the same
+    warmup: float = 0.0                # linear warm-up
+    schedule: str = "cosine"           # after warm-up: cosine (to min_lr) or constant
+    min_lr: float = 0.0                # end of the cosine
+    weights: dict[str, float] = field(default_factory=dict)   # loss term: weight; a term that is not named is not computed
+    starts: dict[str, float] = field(default_factory=dict)    # loss term: when in the stage it begins; default 0
+    objective: dict[str, Any] = field(default_factory=dict)   # options of the objective that this stage changes
+    fresh: list[str] = field(default_factory=list)   # parts initialised anew when the stage starts, e.g. discriminators
+
+
+@dataclass
+class RunConfig:
+    """A training run. `model` and `objective` take the types of the system, `data` that of its kind."""
+
+    system: str = MISSING              # which system: rectok, …
+    name: str = MISSING                # the run's folder is OUT/<system>-<name>
+    out: str = "runs"                  # folder of runs
+    init_from: str | None = None       # start from these weights: a run, a checkpoint, a saved folder, a hub id
+    model: Any = MISSING               # the network that ships
+    objective: Any = MISSING           # what training needs beside it
+    data: Any = MISSING                # training and validation data
+    train: TrainConfig = field(default_factory=TrainConfig)
+    stages: list[StageConfig] = field(default_factory=list)

