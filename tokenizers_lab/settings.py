@@ -33,7 +33,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)   # AdamW's moment decays
     eps: float = 1e-8                          # AdamW's epsilon
     weight_decay: float = 1e-4                 # decoupled weight decay
-    no_decay: list[str] = field(default_factory=list)   # name parts whose tensors are not decayed; tensors with < 2 axes never are
+    no_decay: list[str] = field(default_factory=list)   # parts of names that are not decayed; tensors with < 2 axes never are
     clip: float = 3.0                          # global L2 norm to which gradients are clipped; 0: none
 
 
@@ -43,7 +43,7 @@ class TrainConfig:
 
     batch_size: int = 32               # samples of a step over all processes and micro-batches
     accumulate: int = 1                # micro-batches of a step
-    precision: str = "no"              # accelerate's mixed precision: no, bf16, fp16
+    precision: str = "no"              # accelerate's mixed precision: no, bf16
     seed: int = 0                      # every random draw follows from it
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -63,7 +63,8 @@ class Tokenizer(nn.Module):
 
         tokenizer = load(str(folder_or_hub_id), device=device)
         if not isinstance(tokenizer, cls):
-            raise CheckpointError(f"{folder_or_hub_id} holds a {tokenizer.system} tokenizer, not {getattr(cls, 'system', cls.__name__)}")
+            wanted = getattr(cls, "system", cls.__name__)
+            raise CheckpointError(f"{folder_or_hub_id} holds a {tokenizer.system} tokenizer, not {wanted}")
         return tokenizer
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -97,7 +98,8 @@ class ImageTokenizer(Tokenizer):
         if not torch.is_floating_point(images) or images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
             raise InputError(f"images must be float (B, 3, H, W), not {images.dtype} {tuple(images.shape)}")
         if images.shape[2] % self.downsample or images.shape[3] % self.downsample:
-            raise InputError(f"height and width must be multiples of {self.downsample}, not {tuple(images.shape[2:])}: crop or pad first")
+            size = tuple(images.shape[2:])
+            raise InputError(f"height and width must be multiples of {self.downsample}, not {size}: crop or pad first")
         if images.device.type == "meta" or torch.compiler.is_compiling():
             return
         low, high = images.aminmax()

@@ -1,0 +1,213 @@
+"""The training loop: one function, read from top to bottom."""
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from tokenizers_lab.config import override_objective
+from tokenizers_lab.data.loader import build_loader
+from tokenizers_lab.draw import Draw, stable_seed
+from tokenizers_lab.errors import ConfigError, TrainingError
+from tokenizers_lab.settings import RunConfig
+from tokenizers_lab.training import run as run_parts
+from tokenizers_lab.training.checkpoint import prune_checkpoints
+from tokenizers_lab.training.optim import build_optimizer, learning_rate, set_learning_rate, update_ema
+from tokenizers_lab.training.run import DiscriminatorStep, GeneratorStep, RunResult, State
+from tokenizers_lab.training.signals import StopFlag
+from tokenizers_lab.training.tracking import Meter, Tracker
+
+
+def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
+    """Train `cfg` to its end, a signal or its time limit; the run's folder then holds a checkpoint of the last step.
+
+    resume: never, must, auto or fresh, see `prepare_run_folder`. A resumed run is the same run, bit for bit, on the same
+    number of processes. Raises TrainingError, CheckpointError, ConfigError, DataError, WeightsMissing.
+    """
+    began = time.monotonic()
+    accelerator = Accelerator(
+        mixed_precision=cfg.train.precision, log_with=cfg.train.trackers or None, project_dir=cfg.out,
+        # batch-norm buffers stay per rank (broadcasting them breaks a backward after two forwards);
+        # a stage may leave parameters unused, as the mask token without a mask
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
+    )
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    micro_batch, left_over = divmod(cfg.train.batch_size, world * cfg.train.accumulate)
+    if left_over or not micro_batch:
+        raise ConfigError(f"train.batch_size {cfg.train.batch_size} does not divide into {world} processes × "
+                          f"{cfg.train.accumulate} micro-batches")
+
+    def agree(ok: bool) -> bool:      # also a barrier
+        return bool(accelerator.reduce(torch.tensor(float(not ok), device=device), "sum") == 0)
+
+    # --- folder, networks, checkpoint -------------------------------------------------------------------------------
+    run, checkpoint = run_parts.prepare_run_folder(cfg, resume, main=rank == 0)
+    agree(True)      # all ranks have looked before rank 0 writes
+    nets = run_parts.build_networks(cfg, device)
+    state, saved_optimizers, data_state = State(), {}, None
+    if checkpoint is not None:
+        state, saved_optimizers, data_state = run_parts.read_checkpoint(checkpoint, nets, accelerator)
+    saved_step = state.step if checkpoint is not None else -1
+    lengths = run_parts.stage_lengths(cfg)
+    total_steps = sum(steps for steps, _ in lengths)
+    if state.step >= total_steps:
+        return RunResult(run, state.step, total_steps, "finished")
+    if cfg.train.trackers:
+        accelerator.init_trackers(run.name, config={"system": cfg.system, "name": cfg.name})
+    loader = build_loader(cfg.data, micro_batch, cfg.train.seed, rank, world, start_step=state.step * cfg.train.accumulate,
+                          state=data_state, quarantine=run / "quarantine.jsonl")
+    batches = iter(loader)
+    tracker = Tracker(run, total_steps, state.step, rank == 0, accelerator)
+    for name, source in nets.objective.provenance().items():
+        tracker.say(f"{name}: {source}")
+    if checkpoint is not None:
+        tracker.say(f"resumed from {checkpoint}")
+    meter, sign = Meter(), (-1 if cfg.train.best.startswith("-") else 1)
+    intervals = {"validate": cfg.train.validate_every, "save": cfg.train.checkpoint_every}
+    interval_began, interval_steps = time.monotonic(), 0
+
+    with StopFlag() as stop:
+        first = 0
+        for stage, (steps, unit) in zip(cfg.stages, lengths):
+            first, last = first + steps, first + steps      # `last`: global step at which the stage ends
+            if state.step >= last:
+                continue
+            start = last - steps
+
+            # --- stage: which parts train, which options and optimisers ---------------------------------------------
+            nets.objective.cfg = override_objective(cfg.objective, stage.objective)
+            if state.step == start:
+                for part in stage.fresh:
+                    nets.part(part).load_state_dict(nets.initial[part])
+            nets.select(stage.parts)
+            nets.tokenizer.train()
+            nets.objective.train()
+            generator, discriminator = GeneratorStep(nets.tokenizer, nets.objective), DiscriminatorStep(nets.objective)
+            generator_params = [p for p in generator.parameters() if p.requires_grad]
+            discriminator_params = list(discriminator.parameters())
+            optimizers: dict[str, Any] = {"generator": build_optimizer(generator.named_parameters(), cfg.train.optimizer)}
+            generator, optimizers["generator"] = accelerator.prepare(generator, optimizers["generator"])
+            has_gan = bool(stage.weights.get("gan")) and bool(discriminator_params)
+            if has_gan:
+                nets.objective.discriminators.requires_grad_(True)
+                optimizers["discriminator"] = build_optimizer(discriminator.named_parameters(), cfg.train.discriminator_optimizer)
+                discriminator, optimizers["discriminator"] = accelerator.prepare(discriminator, optimizers["discriminator"])
+            if state.step > start:
+                for name, optimizer in optimizers.items():
+                    optimizer.load_state_dict(saved_optimizers[name])
+            size = sum(p.numel() for p in generator_params)
+            tracker.say(f"stage {stage.name}: steps {state.step} to {last}, {size:,} parameters train")
+
+            while True:
+                # --- boundary: validate, save, stop; the state is whole here ----------------------------------------
+                out_of_time = cfg.train.max_minutes is not None and time.monotonic() - began > 60 * cfg.train.max_minutes
+                flags = accelerator.reduce(torch.tensor([float(stop.raised), float(out_of_time)], device=device), "sum").tolist()
+                interrupted, ends = flags[0] > 0, state.step == last
+                due = {name: state.step > 0 and every > 0 and state.step % every == 0 for name, every in intervals.items()}
+                if cfg.data.val and (ends or due["validate"]) and state.validated != state.step and not interrupted:
+                    metrics = run_parts.validate(nets.ema, cfg, accelerator, stop)
+                    if metrics is None:      # a signal came while validating; a resumed run validates first
+                        interrupted = True
+                    else:
+                        tracker.log(state.step, stage.name, "val", metrics)
+                        state.validated, state.validation = state.step, metrics
+                        value = sign * metrics[cfg.train.best.lstrip("-")]
+                        if state.best is None or value > state.best:
+                            state.best, due["save"] = value, True
+                stops = interrupted or flags[1] > 0
+                if (ends or stops or due["save"]) and state.step != saved_step:
+                    state.stage = stage.name
+                    run_parts.write_checkpoint(run, cfg, state, nets, optimizers, data_state, accelerator, agree)
+                    saved_step = state.step
+                    if rank == 0:
+                        prune_checkpoints(run, cfg.train.keep_last, cfg.train.keep_best, cfg.train.best)
+                if stops and state.step < total_steps:
+                    tracker.close()
+                    return RunResult(run, state.step, total_steps, "interrupted" if interrupted else "out of time", stop.raised)
+                if ends:
+                    break
+
+                # --- one step ---------------------------------------------------------------------------------------
+                done, length = (state.step - start) * unit, steps * unit
+                lr = learning_rate(stage, stage.lr, done, length)
+                set_learning_rate(optimizers["generator"], lr)
+                active = run_parts.active_terms(stage, done)
+                gan = has_gan and "gan" in active
+                if gan:
+                    peak = stage.lr if stage.discriminator_lr is None else stage.discriminator_lr
+                    set_learning_rate(optimizers["discriminator"], learning_rate(stage, peak, done, length))
+                draw = Draw(cfg.train.seed, rank, state.step, device)
+                torch.manual_seed(stable_seed(cfg.train.seed, rank, state.step, "dropout"))      # for dropout inside backbones
+                before = [b.clone() for b in nets.buffers()]
+                finite, taken = torch.ones((), device=device), []
+                for micro in range(cfg.train.accumulate):
+                    batch, data_state = next(batches)
+                    batch = batch.to(device)
+                    taken.append(batch)
+                    synchronise = micro == cfg.train.accumulate - 1
+                    with nullcontext() if synchronise else accelerator.no_sync(generator):
+                        nets.objective.discriminators.requires_grad_(False)
+                        losses = generator(batch, draw.within(f"micro{micro}"), active)
+                        loss = sum(stage.weights[name] * term for name, term in losses.terms.items())
+                        accelerator.backward(loss / cfg.train.accumulate)
+                    logs = {"loss": loss, **losses.terms, **losses.logs}
+                    if gan:
+                        with nullcontext() if synchronise else accelerator.no_sync(discriminator):
+                            nets.objective.discriminators.requires_grad_(True)
+                            judged = discriminator(losses.real, losses.fake.detach())
+                            judgement = sum(judged.terms.values())
+                            accelerator.backward(judgement / cfg.train.accumulate)
+                        logs |= {**judged.terms, **judged.logs}
+                        finite = finite * judgement.detach().isfinite()
+                    finite = finite * loss.detach().isfinite()
+                    meter.add(logs)
+                norms = {"grad_norm": accelerator.clip_grad_norm_(generator_params, cfg.train.optimizer.clip or float("inf"))}
+                if gan:
+                    clip = cfg.train.discriminator_optimizer.clip or float("inf")
+                    norms["discriminator_grad_norm"] = accelerator.clip_grad_norm_(discriminator_params, clip)
+                finite = finite * torch.stack(list(norms.values())).isfinite().all()
+                meter.add(norms)
+                if agree(bool(finite)):      # no rank updates unless all can
+                    state.strikes = 0
+                    for name in ("generator", "discriminator") if gan else ("generator",):
+                        optimizers[name].step()
+                    update_ema(nets.ema, nets.tokenizer, cfg.train.ema)
+                else:
+                    state.strikes += 1
+                    for target, source in zip(nets.buffers(), before):
+                        target.copy_(source)
+                    kept = run_parts.save_bad_batches(run, state.step, rank, taken)
+                    tracker.say(f"step {state.step}: a loss or gradient is not finite; no update; the batch is kept in {kept}")
+                    if state.strikes >= cfg.train.max_strikes:
+                        tracker.close()
+                        raise TrainingError(f"{state.strikes} steps in a row were not finite: look at {run}/nonfinite, lower the "
+                                            "learning rate, or go on from the last checkpoint with --resume")
+                for optimizer in optimizers.values():
+                    optimizer.zero_grad(set_to_none=True)
+                state.step += 1
+                state.validation = {}
+
+                # --- numbers ----------------------------------------------------------------------------------------
+                interval_steps += 1
+                if state.step % cfg.train.log_every == 0 or state.step == last:
+                    means = meter.read()
+                    row = accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()
+                    record = dict(zip(means, row))
+                    seconds = time.monotonic() - interval_began
+                    speed = interval_steps * cfg.train.batch_size / seconds
+                    waiting = loader.take_wait_seconds() / seconds
+                    record |= {"lr": lr, "samples_per_second": speed, "waiting": waiting}
+                    tracker.log(state.step, stage.name, "train", record)
+                    note = f"loss {record['loss']:.4f}  {speed:.1f}/s  data {waiting:.0%}"
+                    if device.type == "cuda":
+                        note += f"  GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+                    tracker.progress(state.step, stage.name, note)
+                    interval_began, interval_steps = time.monotonic(), 0
+                else:
+                    tracker.progress(state.step, stage.name, "")
+            accelerator.free_memory()
+    tracker.close()
+    return RunResult(run, state.step, total_steps, "finished")
+

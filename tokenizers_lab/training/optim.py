@@ -1,0 +1,50 @@
+"""Optimisers, learning rates and the moving average of the weights."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from tokenizers_lab.settings import OptimizerConfig, StageConfig
+
+
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], cfg: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the parameters that require gradients. Vectors, scalars and names with a part of `cfg.no_decay`
+    are not decayed. The learning rate is set by the loop at every step."""
+    trained = [(name, p) for name, p in named if p.requires_grad]
+    plain = [p.dim() < 2 or any(part in name for part in cfg.no_decay) for name, p in trained]
+    groups = [
+        {"params": [p for (_, p), skip in zip(trained, plain) if not skip], "weight_decay": cfg.weight_decay},
+        {"params": [p for (_, p), skip in zip(trained, plain) if skip], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every parameter group this rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def learning_rate(stage: StageConfig, peak: float, done: float, length: float) -> float:
+    """Rate after `done` of `length` (both in the stage's unit): linear warm-up from 0, then half a cosine or constant."""
+    if done < stage.warmup:
+        return peak * done / stage.warmup
+    if stage.schedule == "constant":
+        return peak
+    share = (done - stage.warmup) / max(length - stage.warmup, 1e-12)
+    return stage.min_lr + (peak - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, module: nn.Module, decay: float) -> None:
+    """ema ← decay · ema + (1 − decay) · module for trained parameters; frozen ones and buffers are copied."""
+    pairs = list(zip(ema.parameters(), module.parameters()))
+    moving = [(e, p) for e, p in pairs if p.requires_grad and e.is_floating_point()]
+    if moving:
+        torch._foreach_lerp_([e for e, _ in moving], [p for _, p in moving], 1 - decay)
+    fixed: list[tuple[Tensor, Tensor]] = [(e, p) for e, p in pairs if not p.requires_grad]
+    for target, source in fixed + list(zip(ema.buffers(), module.buffers())):
+        target.copy_(source)

@@ -1,0 +1,295 @@
+"""What surrounds the loop: the run's folder, its networks, and what a checkpoint of it holds."""
+
+import copy
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tokenizers_lab.config import load_config, save_config
+from tokenizers_lab.data.loader import len_samples, validation_batches
+from tokenizers_lab.draw import stable_seed
+from tokenizers_lab.errors import CheckpointError, ConfigError, TrainingError
+from tokenizers_lab.metrics import image_metrics
+from tokenizers_lab.registry import get_system
+from tokenizers_lab.settings import RunConfig, StageConfig
+from tokenizers_lab.tokenizer import Tokenizer, load_weights, read_weights, write_tokenizer_files
+from tokenizers_lab.training.checkpoint import STATE, list_checkpoints, load_torch, newest_checkpoint, read_state, save_checkpoint
+from tokenizers_lab.training.objective import Losses, Objective
+from tokenizers_lab.training.signals import StopFlag
+
+Resume = Literal["never", "must", "auto", "fresh"]
+
+
+@dataclass
+class State:
+    """The small numbers that a checkpoint carries."""
+
+    step: int = 0                     # finished steps
+    stage: str = ""                   # stage of the last finished step
+    strikes: int = 0                  # non-finite steps in a row
+    validated: int = -1               # step of the last validation
+    validation: dict[str, float] = field(default_factory=dict)   # its metrics, if it was at `step`
+    best: float | None = None         # best value of the metric `train.best` so far
+
+
+@dataclass
+class RunResult:
+    """How a call of `train` ended."""
+
+    folder: Path
+    step: int
+    total: int
+    status: Literal["finished", "interrupted", "out of time"]
+    signal: int = 0                   # number of the signal that interrupted it
+
+
+class GeneratorStep(nn.Module):
+    """Tokenizer and heads as one module with one forward, as DDP needs it."""
+
+    def __init__(self, tokenizer: Tokenizer, objective: Objective):
+        super().__init__()
+        self.tokenizer, self.heads = tokenizer, objective.heads
+        self._losses = objective.generator_losses      # not a submodule: discriminators and frozen networks stay outside
+
+    def forward(self, batch: Any, draw: Any, active: frozenset[str]) -> Losses:
+        """The objective's generator losses."""
+        return self._losses(self.tokenizer, batch, draw, active)
+
+
+class DiscriminatorStep(nn.Module):
+    """The discriminators as one module with one forward."""
+
+    def __init__(self, objective: Objective):
+        super().__init__()
+        self.discriminators = objective.discriminators
+        self._losses = objective.discriminator_losses
+
+    def forward(self, real: Tensor, fake: Tensor) -> Losses:
+        """The objective's discriminator losses."""
+        return self._losses(real, fake)
+
+
+@dataclass
+class Networks:
+    """Everything with weights, by role."""
+
+    tokenizer: Tokenizer
+    ema: Tokenizer
+    objective: Objective
+    initial: dict[str, dict[str, Tensor]]      # first weights of the parts that a stage makes `fresh`
+
+    def part(self, name: str) -> nn.Module:
+        """`heads` and `discriminators` of the objective, else a submodule of the tokenizer."""
+        if name in ("heads", "discriminators"):
+            return getattr(self.objective, name)
+        try:
+            return self.tokenizer.get_submodule(name)
+        except AttributeError:
+            known = ", ".join(n for n, _ in self.tokenizer.named_children())
+            raise ConfigError(f"a stage names the part '{name}'; there are: {known}, heads, discriminators") from None
+
+    def select(self, parts: list[str]) -> None:
+        """Let only these parts train (empty: all)."""
+        self.tokenizer.requires_grad_(not parts)
+        self.objective.heads.requires_grad_(not parts)
+        for name in parts:
+            self.part(name).requires_grad_(True)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Heads and discriminators; the frozen networks are not saved."""
+        return {k: v for k, v in self.objective.state_dict().items() if not k.startswith("frozen.")}
+
+    def buffers(self) -> list[Tensor]:
+        """Tensors that a forward pass may change: codebook statistics, batch-norm means."""
+        return [*self.tokenizer.buffers(), *self.objective.heads.buffers(), *self.objective.discriminators.buffers()]
+
+
+def build_networks(cfg: RunConfig, device: torch.device) -> Networks:
+    """Tokenizer, its moving average and the objective, with seeded first weights or those of `init_from`."""
+    system = get_system(cfg.system)
+    torch.manual_seed(stable_seed(cfg.train.seed, "init") % 2**63)
+    tokenizer = system.resolve("tokenizer")(cfg.model)
+    objective = system.resolve("objective")(cfg.objective, cfg.model)
+    initial = {}
+    networks = Networks(tokenizer, tokenizer, objective, initial)
+    for part in {name for stage in cfg.stages for name in stage.fresh}:
+        initial[part] = {k: v.clone() for k, v in networks.part(part).state_dict().items()}
+    if cfg.init_from:
+        init_from(networks, cfg.init_from)
+    networks.tokenizer.to(device)
+    networks.objective.to(device)
+    networks.ema = copy.deepcopy(tokenizer).requires_grad_(False).eval()
+    if cfg.train.activation_checkpointing:
+        from tokenizers_lab.nn.transformer import set_activation_checkpointing
+
+        set_activation_checkpointing(tokenizer, True)
+    if cfg.train.compile:      # forward alone would leave encode and decode eager: compile what they call
+        for group in (tokenizer, objective.heads, objective.discriminators, objective.frozen):
+            for module in group.children():
+                module.compile()
+    return networks
+
+
+def init_from(networks: Networks, source: str) -> None:
+    """Start from a run, checkpoint, saved folder or hub id: its weights for tokenizer and EMA alike, its heads if they fit."""
+    from tokenizers_lab.hub import load, resolve_folder
+
+    loaded = load(source)
+    if loaded.system != networks.tokenizer.system:
+        raise CheckpointError(f"init_from: {source} is a {loaded.system} tokenizer, not {networks.tokenizer.system}")
+    load_weights(networks.tokenizer, loaded.state_dict(), f"init_from: {source}")
+    networks.tokenizer.provenance = {**loaded.provenance, "init_from": source}
+    folder = resolve_folder(source)
+    for file in (folder / "heads.safetensors", folder / "training" / "objective.safetensors"):
+        if file.exists():
+            heads = {k.removeprefix("heads."): v for k, v in read_weights(file).items() if not k.startswith("discriminators.")}
+            own = networks.objective.heads.state_dict()
+            if heads.keys() == own.keys() and all(own[k].shape == v.shape for k, v in heads.items()):
+                networks.objective.heads.load_state_dict(heads)
+            elif own:
+                warnings.warn(f"init_from: the heads in {file} do not fit this objective and start anew", stacklevel=2)
+
+
+def stage_lengths(cfg: RunConfig) -> list[tuple[int, float]]:
+    """(steps, units a step) of each stage: the unit is a step, or an epoch where the stage is given in epochs."""
+    samples = None
+    lengths = []
+    for stage in cfg.stages:
+        if stage.steps is not None:
+            lengths.append((stage.steps, 1.0))
+            continue
+        if samples is None:
+            samples = len_samples(cfg.data)
+        if samples is None:
+            raise ConfigError(f"stage '{stage.name}' is given in epochs, but shards do not tell their size: set data.samples")
+        assert stage.epochs is not None      # checked when the config was loaded
+        lengths.append((round(stage.epochs * samples / cfg.train.batch_size), cfg.train.batch_size / samples))
+    return lengths
+
+
+def active_terms(stage: StageConfig, done: float) -> frozenset[str]:
+    """Loss terms that count after `done` of the stage, in its unit."""
+    return frozenset(k for k, weight in stage.weights.items() if weight and done >= stage.starts.get(k, 0.0))
+
+
+def prepare_run_folder(cfg: RunConfig, resume: Resume, main: bool) -> tuple[Path, Path | None]:
+    """The run's folder and the checkpoint to go on from. A fresh start never happens by accident.
+
+    never: an existing run is an error; must: so is a missing one; auto: go on if there is one; fresh: delete the old run.
+    """
+    run = Path(cfg.out) / f"{cfg.system}-{cfg.name}"
+    found = list_checkpoints(run)
+    if resume == "fresh" and main and run.exists():
+        shutil.rmtree(run)
+    if resume == "fresh":
+        found = []
+    if found and resume == "never":
+        raise TrainingError(f"{run} holds a run already: go on with --resume, delete it with --fresh, or choose another name=…")
+    if not found and resume == "must":
+        raise TrainingError(f"there is nothing to resume in {run}: leave --resume out to start")
+    checkpoint = newest_checkpoint(run) if found else None
+    if found and checkpoint is None:
+        raise CheckpointError(f"every checkpoint in {run}/checkpoints is damaged: restore one, or start again with --fresh")
+    if checkpoint is not None:
+        refuse_other_config(cfg, run / "config.yaml")
+    if main:
+        run.mkdir(parents=True, exist_ok=True)
+        save_config(cfg, run / "config.yaml")
+    return run, checkpoint
+
+
+def refuse_other_config(cfg: RunConfig, saved: Path) -> None:
+    """A resumed run keeps its network, objective and seed. Raises ConfigError that names what differs."""
+    old = load_config(str(saved))
+    for name in ("system", "model", "objective"):
+        if getattr(old, name) != getattr(cfg, name):
+            raise ConfigError(f"{saved} has another '{name}' than this config: choose another name=… or --fresh")
+    if (old.train.seed, old.train.batch_size) != (cfg.train.seed, cfg.train.batch_size):
+        raise ConfigError(f"{saved} has another train.seed or train.batch_size: choose another name=… or --fresh")
+
+
+def write_checkpoint(run: Path, cfg: RunConfig, state: State, nets: Networks, optimizers: dict[str, Any], data_state: Any,
+                     accelerator: Accelerator, agree: Callable[[bool], bool]) -> None:
+    """Save everything that a bit-exact resume needs; each rank adds its own buffers and place in the data."""
+
+    def shared(folder: Path) -> None:
+        write_tokenizer_files(folder, cfg.system, cfg.model, nets.ema.state_dict(), nets.tokenizer.provenance)
+        for name, tensors in (("raw", nets.tokenizer.state_dict()), ("objective", nets.trained_state())):
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "training" / f"{name}.safetensors")
+        torch.save({k: o.state_dict() for k, o in optimizers.items()}, folder / "training" / "optimizers.pt")
+        (folder / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
+
+    def own(folder: Path) -> None:
+        buffers = [b.detach().cpu() for b in nets.buffers()]
+        torch.save({"buffers": buffers, "data": data_state, "world": accelerator.num_processes},
+                   folder / "training" / f"rank_{accelerator.process_index}.pt")
+
+    save_checkpoint(run, state.step, shared, own, accelerator.process_index, agree)
+
+
+def read_checkpoint(folder: Path, nets: Networks, accelerator: Accelerator) -> tuple[State, dict[str, Any], Any]:
+    """Load the networks in place; returns the state, the optimisers' states by name, and this rank's place in the data."""
+    state = State(**read_state(folder))
+    load_weights(nets.tokenizer, read_weights(folder / "training/raw.safetensors"), str(folder))
+    load_weights(nets.ema, read_weights(folder / "model.safetensors"), str(folder))
+    saved = read_weights(folder / "training/objective.safetensors")
+    own = nets.trained_state()
+    if saved.keys() != own.keys():
+        raise CheckpointError(f"{folder} was made with another objective: {sorted(saved.keys() ^ own.keys())[0]} does not fit")
+    nets.objective.load_state_dict(saved, strict=False)
+    rank_file = folder / "training" / f"rank_{accelerator.process_index}.pt"
+    if not rank_file.exists():      # more processes than before: start from the first one's buffers
+        rank_file = folder / "training" / "rank_0.pt"
+    rank = load_torch(rank_file)
+    if rank["world"] != accelerator.num_processes:
+        warnings.warn(f"{folder} was made by {rank['world']} processes, this is {accelerator.num_processes}: "
+                      "the run goes on, but not bit for bit", stacklevel=2)
+    for target, source in zip(nets.buffers(), rank["buffers"], strict=True):
+        target.copy_(source)
+    return state, load_torch(folder / "training/optimizers.pt"), rank["data"]
+
+
+def save_bad_batches(run: Path, step: int, rank: int, batches: list[Any]) -> Path:
+    """Keep the inputs of a non-finite step for inspection: tensors as safetensors, the samples' keys in its header."""
+    folder = run / "nonfinite"
+    folder.mkdir(exist_ok=True)
+    tensors, keys = {}, []
+    for number, batch in enumerate(batches):
+        keys += batch.keys
+        tensors |= {f"{number}.{k}": v.cpu() for k, v in vars(batch).items() if isinstance(v, Tensor)}
+    path = folder / f"step_{step:08d}_rank_{rank}.safetensors"
+    save_file(tensors, path, metadata={"keys": "\n".join(keys)})
+    with safe_open(path, "pt"):
+        return path
+
+
+@torch.no_grad()
+def validate(ema: Tokenizer, cfg: RunConfig, accelerator: Accelerator, stop: StopFlag) -> dict[str, float] | None:
+    """Held-out means of the metrics with the EMA weights, each sample once over all ranks. None if a signal came."""
+    sums: dict[str, Tensor] = {}
+    count = 0
+    micro_batch = max(cfg.train.batch_size // (cfg.train.accumulate * accelerator.num_processes), 1)
+    for batch in validation_batches(cfg.data, micro_batch, accelerator.process_index, accelerator.num_processes):
+        if stop.raised:
+            break
+        images = batch.images.to(accelerator.device)
+        for name, values in image_metrics(images, ema.reconstruct(images)).items():
+            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + values.double().sum().cpu()
+        count += len(batch)
+    names = sorted(image_metrics(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)))      # a rank may have had no batch
+    row = torch.stack([*(sums.get(n, torch.zeros((), dtype=torch.float64)) for n in names),
+                       torch.tensor(float(count), dtype=torch.float64), torch.tensor(float(stop.raised), dtype=torch.float64)])
+    total = accelerator.reduce(row.to(accelerator.device), "sum").cpu()
+    if total[-1] > 0:
+        return None
+    return {name: (total[i] / total[-2]).item() for i, name in enumerate(names)}
