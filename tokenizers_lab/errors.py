@@ -8,6 +8,8 @@ class TokenizersLabError(Exception):
 class ConfigError(TokenizersLabError, ValueError):
     """A config has an unknown key, a wrong type or an impossible combination."""
 
+    key = ""        # the dotted key at fault, where there is one: finds the file and line
+
 
 class DataError(TokenizersLabError):
     """A data source is missing, empty, damaged, or too much of it is unreadable."""

@@ -1,0 +1,129 @@
+"""The rules of a config that types alone cannot say: choices, signs, and options that must fit together."""
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from tokenizers_lab.config_fill import Origins, nearest
+from tokenizers_lab.errors import ConfigError
+from tokenizers_lab.registry import get_system
+from tokenizers_lab.settings import ImageDataConfig, OptimizerConfig, RunConfig, StageConfig, TrainConfig
+
+CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
+    ImageDataConfig: {"crop": ("center", "random")},
+    TrainConfig: {"precision": ("no", "bf16")},
+    StageConfig: {"schedule": ("cosine", "constant")},
+}
+ABOVE_ZERO: dict[type, tuple[str, ...]] = {
+    ImageDataConfig: ("size", "max_pixels"),
+    TrainConfig: ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep_last", "max_strikes", "max_minutes"),
+    StageConfig: ("steps", "epochs"),
+    OptimizerConfig: ("eps",),
+}
+NOT_NEGATIVE: dict[type, tuple[str, ...]] = {
+    ImageDataConfig: ("crop_min", "crop_max", "workers", "bad_fraction", "shuffle_buffer"),
+    TrainConfig: ("validate_every", "keep_best", "ema"),
+    StageConfig: ("lr", "discriminator_lr", "warmup", "min_lr"),
+    OptimizerConfig: ("weight_decay", "clip"),
+}
+
+
+def check_values(section: Any, path: str, origins: Origins) -> None:
+    """Enumerated choices and signs, in every section. Raises ConfigError."""
+    cls = type(section)
+    for f in fields(section):
+        key, value = f"{path}{f.name}", getattr(section, f.name)
+        choices = CHOICES.get(cls, {}).get(f.name)
+        if choices and value not in choices:
+            raise origins.error(key, f"{key} must be one of {', '.join(choices)}; not '{value}'{hint(str(value), choices)}")
+        if value is not None and f.name in ABOVE_ZERO.get(cls, ()) and not value > 0:
+            raise origins.error(key, f"{key} must be above 0, not {value}")
+        if value is not None and f.name in NOT_NEGATIVE.get(cls, ()) and not value >= 0:
+            raise origins.error(key, f"{key} must not be negative, but is {value}")
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for k, v in [("", value), *((f".{k}", v) for k, v in items)]:
+            if is_dataclass(v):
+                check_values(v, f"{key}{k}.", origins)
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """`; nearest: 'x'`, or nothing where no known name is near."""
+    near = nearest(name, known)
+    return f"; nearest: '{near}'" if near else ""
+
+
+def check_run(cfg: RunConfig, origins: Origins, override_objective: Callable[[Any, dict[str, Any], str], Any]) -> None:
+    """Rules over several options. The system's config module may add its own `validate(cfg: RunConfig)`. Raises ConfigError."""
+
+    def refuse(key: str, message: str) -> None:
+        raise origins.error(key, f"{key}: {message}")
+
+    train, data = cfg.train, cfg.data
+    if not cfg.name.strip() or "/" in cfg.name or cfg.name in (".", ".."):
+        refuse("name", f"it is a part of the run's folder, so it must be one word without '/'; not '{cfg.name}'")
+    if train.batch_size % train.accumulate:
+        refuse("train.accumulate", f"train.batch_size {train.batch_size} is not a multiple of {train.accumulate}")
+    if train.ema >= 1:
+        refuse("train.ema", f"must be below 1, not {train.ema}")
+    if not train.best.removeprefix("-"):
+        refuse("train.best", "must name a validation metric, such as psnr")
+    if isinstance(data, ImageDataConfig) and data.crop_max and data.crop_max < (data.crop_min or data.size):
+        refuse("data.crop_max", f"{data.crop_max} is below the smallest crop, {data.crop_min or data.size}")
+    if not cfg.stages:
+        refuse("stages", "a run needs at least one stage")
+    names = [s.name for s in cfg.stages]
+    for i, stage in enumerate(cfg.stages):
+        if names.index(stage.name) != i:
+            refuse(f"stages.{i}.name", f"'{stage.name}' is the name of another stage")
+        check_stage(stage, f"stages.{i}", origins)
+        try:
+            override_objective(cfg.objective, stage.objective, f"stages.{i}.objective")
+        except ConfigError as error:
+            raise origins.error(error.key, str(error)) from error
+    validate_system(cfg, origins)
+
+
+def validate_system(cfg: RunConfig, origins: Origins) -> None:
+    """Call the `validate(cfg: RunConfig)` of the system's config module, if it has one."""
+    module = importlib.import_module(get_system(cfg.system).model_config.partition(":")[0])
+    validate = getattr(module, "validate", None)
+    if validate is not None:
+        try:
+            validate(cfg)
+        except ConfigError as error:
+            key = error.key or str(error).split(maxsplit=1)[0].rstrip(":")       # its messages start with the key
+            raise origins.error(key, str(error)) from error
+
+
+def check_stage(stage: StageConfig, path: str, origins: Origins) -> None:
+    """One stage: a length, named parts, weights and starts that fit together. Raises ConfigError."""
+
+    def refuse(option: str, message: str) -> None:
+        key = f"{path}.{option}" if option else path
+        raise origins.error(key, f"{key}: {message}")
+
+    if stage.steps is not None and stage.epochs is not None:
+        refuse("", f"stage '{stage.name}' has its length in both steps and epochs; give one")
+    length = stage.steps if stage.steps is not None else stage.epochs
+    if length is None:
+        refuse("", f"stage '{stage.name}' needs its length in steps or epochs")
+    assert length is not None
+    for option in ("parts", "fresh"):
+        for i, part in enumerate(getattr(stage, option)):
+            if not part.strip():
+                refuse(f"{option}.{i}", "an empty name")
+    if not stage.weights:
+        refuse("weights", "empty; name the loss terms that count, such as mse: 1.0")
+    for term, weight in stage.weights.items():
+        if not 0 <= weight < float("inf"):
+            refuse(f"weights.{term}", f"must be finite and not negative, but is {weight}")
+    for term, start in stage.starts.items():
+        if term not in stage.weights:
+            refuse(f"starts.{term}", f"the stage has no weight for '{term}'{hint(term, stage.weights)}")
+        if not start >= 0:
+            refuse(f"starts.{term}", f"must not be negative, but is {start}")
+    if stage.warmup > length:
+        refuse("warmup", f"{stage.warmup:g} is longer than the stage, {length:g}")
+    if stage.min_lr > stage.lr:
+        refuse("min_lr", f"{stage.min_lr:g} is above lr {stage.lr:g}")
