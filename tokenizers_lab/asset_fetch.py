@@ -10,7 +10,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from html.parser import HTMLParser
 from http.client import HTTPException
 from pathlib import Path
@@ -92,10 +92,8 @@ def _open(url: str, accept: str = "*/*", timeout: float = TIMEOUT) -> Any:
 
 def reachable(address: str) -> None:
     """Return if the server answers anything at all; raises one of NETWORK_ERRORS after a few seconds otherwise."""
-    try:
+    with suppress(urllib.error.HTTPError):
         _open(address, timeout=5.0).close()
-    except urllib.error.HTTPError:
-        pass
 
 
 class _Links(HTMLParser):

@@ -33,7 +33,7 @@ def check_sha256(file: str | Path, expected: str, shown: str | Path | None = Non
     """The file's SHA-256. Raises CheckpointError, naming the file (as `shown`) and both hashes, if it is not `expected`."""
     found, name = sha256_of(file), shown or file
     if found != expected:
-        raise CheckpointError(f"{name} is damaged or another file: its SHA-256 is {found}, not {expected}; delete it and try again")
+        raise CheckpointError(f"{name} is damaged or another file: its SHA-256 is {found}, not {expected}; delete it, try again")
     return found
 
 

@@ -215,7 +215,7 @@ def _source(asset: Asset, sha256: str) -> str:
     if asset.package and sha256 == asset.package.member_sha256:
         file, origin = PurePosixPath(asset.package.member).name, f"package {asset.package.project} {asset.package.version}"
     else:
-        file, origin = str(asset.file), asset.publisher
+        file, origin = str(asset.file), asset.publisher or "its publisher"
     return f"{file} of {origin}, SHA-256 {sha256[:12]}"
 
 

@@ -38,7 +38,7 @@ def _list(console: "Console") -> None:
     from tokenizers_lab.asset_fetch import offline
     from tokenizers_lab.assets import shown_path, status
 
-    table = Table(Column("name", no_wrap=True), "for", "licence", "state")
+    table = Table(Column("name", no_wrap=True), "for", "licence", Column("state", overflow="fold"))
     for line in status():
         if line.here is not None:
             state = f"[green]here[/] {shown_path(line.here)} ({line.size / 1e6:.0f} MB)"
