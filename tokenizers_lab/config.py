@@ -37,12 +37,12 @@ def load_config(path_or_name: str | os.PathLike[str], overrides: Sequence[str] =
     """
     layers = read_layers(find_recipe(os.fspath(path_or_name)))
     pairs = [split_override(o) for o in overrides]
-    names = [layer.values["system"] for layer in layers if "system" in layer.values]
-    names += [value for key, value, _ in pairs if key == "system"]
+    names = [(layer.values["system"], layer.where("system")) for layer in layers if "system" in layer.values]
+    names += [(value, f"override '{text}'") for key, value, text in pairs if key == "system"]
     origins = Origins()
     if not names:
         raise ConfigError(f"system is missing: say which system the run trains ({layers[-1].source})")
-    run_type = typed_run(system_of(names[-1], layers[-1]))
+    run_type = typed_run(system_of(*names[-1]))
     root = OmegaConf.structured(run_type)
     for layer in layers:
         fill(root, layer.values, run_type, "", layer, origins)
@@ -150,12 +150,12 @@ def split_override(text: str) -> tuple[str, Any, str]:
     return key.strip(), parse_value(value, text), text
 
 
-def system_of(name: Any, layer: Layer) -> System:
-    """The system of that name; the error says the file."""
+def system_of(name: Any, where: str) -> System:
+    """The system of that name; the error says where it was named."""
     try:
         return get_system(str(name))
     except ConfigError as error:
-        raise ConfigError(f"{error} ({layer.where('system')})") from None
+        raise ConfigError(f"{error} ({where})") from None
 
 
 def typed_run(system: System) -> type:
