@@ -148,14 +148,12 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                     taken.append(batch)
                     synchronise = micro == cfg.train.accumulate - 1
                     with nullcontext() if synchronise else accelerator.no_sync(generator):
-                        nets.objective.discriminators.requires_grad_(False)
                         losses = generator(batch, draw.within(f"micro{micro}"), active)
                         loss = sum(stage.weights[name] * term for name, term in losses.terms.items())
                         accelerator.backward(loss / cfg.train.accumulate)
                     logs = {"loss": loss, **losses.terms, **losses.logs}
                     if gan:
                         with nullcontext() if synchronise else accelerator.no_sync(discriminator):
-                            nets.objective.discriminators.requires_grad_(True)
                             judged = discriminator(losses.real, losses.fake.detach())
                             judgement = sum(judged.terms.values())
                             accelerator.backward(judgement / cfg.train.accumulate)

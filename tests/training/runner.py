@@ -1,0 +1,65 @@
+"""A training run of seconds that still has every part: real photographs, teacher, LPIPS, GAN, two stages."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# GAN from step 5, stage 2 from step 8 with a fresh discriminator, 12 steps in all
+SHORT = [
+    "name=short", "train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.validate_every=4",
+    "data.val_limit=3", "data.size=32", "model.image_size=32", "model.encoder.width=32", "model.encoder.depth=1",
+    "model.decoder.width=32", "model.decoder.depth=1", "model.latent_channels=4",
+    "objective.semantic_decoder.width=32", "objective.semantic_decoder.depth=1", "objective.discriminator_width=8",
+    "stages.0.steps=8", "stages.0.warmup=2", "stages.0.starts.gan=5", "stages.1.steps=4", "stages.1.warmup=1",
+]
+
+
+class Runner:
+    """Runs `toklab train` in processes of its own, as a person does."""
+
+    def __init__(self, out: Path):
+        self.out, self.run = out, out / "rectok-short"
+
+    def start(self, *options: str, processes: int = 1) -> subprocess.Popen:
+        launch = [sys.executable, "-m"]
+        if processes > 1:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+                      "--master_port", str(20000 + os.getpid() % 20000), "-m"]
+        command = [*launch, "tokenizers_lab", "train", "rectok/tiny", *SHORT, f"out={self.out}", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                start_new_session=True)
+
+    def finish(self, process: subprocess.Popen) -> str:
+        output, _ = process.communicate(timeout=300)
+        return output
+
+    def train(self, *options: str, processes: int = 1) -> str:
+        process = self.start(*options, processes=processes)
+        output = self.finish(process)
+        assert process.returncode == 0, output
+        return output
+
+    def signal_at(self, process: subprocess.Popen, step: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to all processes of the run once `step` was logged."""
+        deadline = time.monotonic() + 240
+        while self.step() < step:
+            assert process.poll() is None, self.finish(process)
+            assert time.monotonic() < deadline, "the run did not reach the step"
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+
+    def records(self) -> list[dict]:
+        file = self.run / "metrics.jsonl"
+        lines = file.read_text().split("\n")[:-1] if file.exists() else []      # the last line may be half written
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def step(self) -> int:
+        return max((r["step"] for r in self.records()), default=0)
+
+

@@ -1,0 +1,59 @@
+"""A run killed at several steps and resumed ends with the bytes of the run that nobody disturbed."""
+
+import json
+import random
+import signal
+
+import pytest
+from runner import Runner
+
+from tokenizers_lab.training.checkpoint import newest_checkpoint
+
+
+def final_hashes(run) -> dict[str, str]:
+    """SHA-256 of weights, EMA, optimisers and the buffers of every rank at the end."""
+    folder = newest_checkpoint(run)
+    assert folder.name == "step_00000012"
+    hashes = json.loads((folder / "manifest.json").read_text())["sha256"]
+    return {name: value for name, value in hashes.items() if name.endswith((".safetensors", ".pt"))}
+
+
+def killed_and_resumed(runner: Runner, steps: list[int], **options) -> None:
+    for step in steps:
+        process = runner.start("--auto-resume", **options)
+        runner.signal_at(process, step)
+        runner.finish(process)
+    runner.train("--auto-resume", **options)
+
+
+def training_losses(runner: Runner) -> list[tuple[int, float]]:
+    return [(r["step"], r["loss"]) for r in runner.records() if r["kind"] == "train"]
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_and_resumed_is_uninterrupted(tmp_path, processes):
+    undisturbed, disturbed = Runner(tmp_path / "a"), Runner(tmp_path / "b")
+    undisturbed.train(processes=processes)
+    # one kill before the GAN's start, one after it, one in the second stage; the steps inside these are random
+    draw = random.Random()
+    steps = [draw.randint(2, 4), draw.randint(6, 7), draw.randint(9, 11)]
+    killed_and_resumed(disturbed, steps, processes=processes)
+    a, b = final_hashes(undisturbed.run), final_hashes(disturbed.run)
+    assert {f"training/rank_{rank}.pt" for rank in range(processes)} <= a.keys()
+    assert a == b, f"killed at {steps}"
+    assert training_losses(undisturbed) == training_losses(disturbed)      # every step once in metrics.jsonl
+
+
+def test_a_signal_saves_and_a_resumed_run_goes_on(runner):
+    process = runner.start()
+    runner.signal_at(process, 3, signal.SIGTERM)
+    output = runner.finish(process)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    stopped = newest_checkpoint(runner.run)
+    assert 3 <= json.loads((stopped / "training/state.json").read_text())["step"] < 12
+    # an existing run is never overwritten by accident
+    refused = runner.start()
+    assert "--resume" in runner.finish(refused) and refused.returncode == 2
+    assert "finished" in runner.train("--resume")
+    assert newest_checkpoint(runner.run).name == "step_00000012"
+    assert "finished" in runner.train("--resume")      # once more: nothing left to do
