@@ -1,0 +1,100 @@
+"""Pre-norm transformer of the vision systems: RMS norm, attention with rotary positions, SwiGLU."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .norm import RMSNorm
+from .rope import apply_paired
+
+QK_NORM_EPS = torch.finfo(torch.float32).eps      # torch's own default for RMS norms of float32, which official codes rely on
+
+
+def swiglu_hidden(width: int, ratio: float = 4.0) -> int:
+    """Hidden channels of a SwiGLU that costs as much as a plain feed-forward of `ratio` · width.
+
+    Evaluated from left to right in floating point, since released weights have the sizes that this rounding gives.
+    """
+    return int(2 / 3 * width * ratio)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(a) · b), where one linear gives a and b (Shazeer 2020)."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., width)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Attention(nn.Module):
+    """Full self-attention; queries and keys are optionally RMS-normalised a head, then turned by the rotary table."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is no multiple of {heads} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.q_norm = RMSNorm(width // heads, QK_NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width // heads, QK_NORM_EPS) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """x: (B, N, width); rope: (N, 2·head width) or (B, N, 2·head width)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # each (B, heads, N, head width)
+        q, k = apply_paired(self.q_norm(q), rope), apply_paired(self.k_norm(k), rope)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + SwiGLU(norm(x))."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False):
+        super().__init__()
+        self.attention_norm = RMSNorm(width)
+        self.attention = Attention(width, heads, qk_norm)
+        self.mlp_norm = RMSNorm(width)
+        self.mlp = SwiGLU(width, swiglu_hidden(width))
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """x: (B, N, width)."""
+        x = x + self.attention(self.attention_norm(x), rope)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """Norm, blocks, norm. `checkpointing` recomputes the blocks' activations in the backward pass."""
+
+    checkpointing: bool = False
+
+    def __init__(self, width: int, depth: int, heads: int, qk_norm: bool = False):
+        super().__init__()
+        self.head_dim = width // heads
+        self.norm_in = RMSNorm(width)
+        self.blocks = nn.ModuleList(Block(width, heads, qk_norm) for _ in range(depth))
+        self.norm_out = RMSNorm(width)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """x: (B, N, width); rope: (N, 2·head_dim) or (B, N, 2·head_dim)."""
+        x = self.norm_in(x)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False)   # blocks draw nothing
+            else:
+                x = block(x, rope)
+        return self.norm_out(x)
+
+
+def set_activation_checkpointing(module: nn.Module, on: bool) -> int:
+    """Switch activation checkpointing of every Transformer inside `module`; returns how many there are."""
+    transformers = [m for m in module.modules() if isinstance(m, Transformer)]
+    for transformer in transformers:
+        transformer.checkpointing = on
+    return len(transformers)
