@@ -50,23 +50,40 @@ def from_transformers(source: str) -> FoundNetwork:
     """A vision transformer by hub id or local folder; code from the hub is never run."""
     from transformers import AutoConfig, AutoModel, SiglipVisionModel
 
+    folder = local_folder(source)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         kind = transformers_kind(config.model_type)
         loader: Any = SiglipVisionModel if kind == "siglip" else AutoModel
         if config.model_type == "siglip":          # the image half of an image-text model
             config = config.vision_config
-        network, info = loader.from_pretrained(
-            source, config=config, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-        )
+        options = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        network, info = loader.from_pretrained(folder, config=config, **options)
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
-        raise missing_teacher(source, f"hf download {source}", error) from error
+        raise missing_teacher(source, error) from error
     if info["missing_keys"]:
         lacking = sorted(info["missing_keys"])[0]
         raise CheckpointError(f"the weights of teacher '{source}' lack {lacking}: not a whole {config.model_type}")
     return FoundNetwork(network, kind, f"{source} (transformers)")
+
+
+def local_folder(source: str) -> Path:
+    """The folder `source`, or the hub cache's folder of that hub id, fetched unless TOKENIZERS_LAB_OFFLINE forbids it.
+
+    Only configs and safetensors files are fetched. Raises WeightsMissing.
+    """
+    from huggingface_hub import snapshot_download
+
+    from tokenizers_lab.asset_fetch import offline
+
+    if Path(source).expanduser().is_dir():
+        return Path(source).expanduser()
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"], local_files_only=offline()))
+    except (OSError, ValueError) as error:
+        raise missing_teacher(source, error) from error
 
 
 def from_random(config: dict[str, Any]) -> FoundNetwork:
@@ -91,21 +108,25 @@ def transformers_kind(model_type: str | None) -> str:
 
 
 def from_timm(source: str) -> FoundNetwork:
-    """A network by timm's name, hf-hub:ORG/NAME, or a local folder with timm's config.json and weights."""
+    """A network by timm's name, hf-hub:ORG/NAME, or a local folder with timm's config.json and model.safetensors."""
     import timm
 
-    name = f"local-dir:{source}" if Path(source).is_dir() else source
-    if ":" not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"; nearest: '{near[0]}'" if near else ""
-        raise ConfigError(f"timm has no network '{name}', and there is no such folder{hint}")
+    repo = source.removeprefix("hf-hub:")
+    if repo == source and not Path(source).expanduser().is_dir():
+        if not timm.is_model(source):
+            near = difflib.get_close_matches(source, timm.list_models(), n=1)
+            hint = f"; nearest: '{near[0]}'" if near else ""
+            raise ConfigError(f"timm has no network '{source}', and there is no such folder{hint}")
+        repo = getattr(timm.get_pretrained_cfg(source), "hf_hub_id", None) or source
+    folder = local_folder(repo)
+    name = f"local-dir:{folder}"
     try:
         try:
             network = timm.create_model(name, pretrained=True, dynamic_img_size=True)     # any size, for vision transformers
         except TypeError:
             network = timm.create_model(name, pretrained=True)
     except (OSError, RuntimeError, ValueError) as error:
-        raise missing_teacher(source, f"hf download timm/{source}", error) from error
+        raise CheckpointError(f"{folder} holds no timm network that can be loaded: {_first_line(error)}") from error
     return timm_network(network, f"{source} (timm)")
 
 
@@ -153,13 +174,19 @@ def load_in_order(network: nn.Module, state: dict[str, Tensor], source: str) -> 
     network.load_state_dict(dict(zip(own, state.values())), strict=True)
 
 
-def missing_teacher(source: str, command: str, error: Exception) -> WeightsMissing:
+def missing_teacher(source: str, error: Exception) -> WeightsMissing:
     """One line for a teacher that is neither here nor reachable."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    if source.startswith(("/", "~", ".")):
+        return WeightsMissing(f"there is no whole network in the folder {source}: set the teacher's `source` ({_first_line(error)})")
+    licence = " (accept its licence on the hub first)" if "dinov3" in source else ""
     return WeightsMissing(
-        f"teacher '{source}' is not here and could not be fetched ({reason}). Where there is a network run `{command}` "
-        "(DINOv3 asks you to accept its licence first), then set the teacher's `source` to that folder"
+        f"teacher '{source}' is not here and could not be fetched: run `hf download {source} --local-dir FOLDER` where there "
+        f"is a network{licence} and set the teacher's `source` to that folder ({_first_line(error)})"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _literal(value: Any) -> Any:
