@@ -1,0 +1,249 @@
+"""The doors to image data: endless training batches with their state, and ordered validation batches."""
+
+import logging
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tokenizers_lab.data.batch import ImageBatch
+from tokenizers_lab.data.decode import read_image
+from tokenizers_lab.data.fetched import Fetched
+from tokenizers_lab.data.folder import FolderBatches, FolderValidation, open_folder
+from tokenizers_lab.data.quarantine import Quarantine
+from tokenizers_lab.data.sampling import spread
+from tokenizers_lab.data.shards import ShardBatches, ShardValidation, fingerprint
+from tokenizers_lab.data.sources import resolve_source, sample_path
+from tokenizers_lab.data.transforms import check_crop, fit_image
+from tokenizers_lab.errors import CheckpointError, ConfigError, DataError
+from tokenizers_lab.settings import ImageDataConfig
+
+__all__ = ["Loader", "build_loader", "fit_image", "len_samples", "read_image", "sample_path", "validation_batches"]
+
+logger = logging.getLogger(__name__)
+
+SIGTERM_GRACE = 120      # seconds that a decoding process outlives a SIGTERM, so that the step in progress can end
+WORTH_WORKERS = 128      # validation images below which starting processes costs more than it saves
+
+
+class Loader:
+    """Yields (ImageBatch, state) for ever. `state` is JSON-able; build_loader continues after that batch when it is given."""
+
+    def __init__(self, batches: DataLoader, quarantine: Quarantine, state: dict[str, Any]):
+        self._source, self._quarantine, self._state = batches, quarantine, state
+        self._iterator: Iterator[Fetched] | None = None
+        self._waited = 0.0
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> tuple[ImageBatch, dict[str, Any]]:
+        """The next batch. Raises DataError if the data ends the run."""
+        begin = time.perf_counter()
+        fetched = self._fetch()
+        self._quarantine.count(len(fetched.keys), fetched.bad)
+        if fetched.error:
+            raise DataError(fetched.error)
+        self._advance(fetched)
+        batch = fetched.batch()
+        self._waited += time.perf_counter() - begin
+        return batch, {**self._state, "positions": list(self._state["positions"])}
+
+    def wait_seconds(self) -> float:
+        """Seconds that the consumer waited for batches since this was last asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def close(self) -> None:
+        """End the decoding processes."""
+        self._iterator = None
+        self._source = None   # type: ignore[assignment]
+
+    def _fetch(self) -> Fetched:
+        if self._iterator is None:
+            self._iterator = iter(self._source)
+        return _next(self._iterator)
+
+    def _advance(self, fetched: Fetched) -> None:
+        self._state.update(batches=self._state["batches"] + 1, seen=self._quarantine.seen, bad=self._quarantine.bad)
+        if fetched.position is not None:
+            self._state["positions"][fetched.stream] = fetched.position
+
+
+def build_loader(
+    cfg: ImageDataConfig,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    start_step: int = 0,
+    state: dict[str, Any] | None = None,
+    quarantine: Path | None = None,
+) -> Loader:
+    """Endless training batches of one rank.
+
+    batch_size: samples of a micro-batch of this rank. start_step: micro-steps that were already taken. state: as yielded
+    with the last of them; shards need it, for folders it only carries on the counts of unreadable samples (and stands in
+    for a start_step of 0). quarantine: JSONL file that lists unreadable samples; all ranks may share it.
+    Raises ConfigError, DataError if there are no data, CheckpointError if `state` does not fit the data or the processes.
+    """
+    _check(cfg)
+    source = resolve_source(cfg.train, "train")
+    state = dict(state or {})
+    dataset: Dataset
+    if source.folder is not None:
+        folder = open_folder(source.folder)
+        fresh = {"kind": "folder", "samples": len(folder), "batches": start_step, "positions": []}
+        _compare(state, fresh, {"kind": "data.train is now a {now}, was a {was}; name the same source",
+                                "samples": "data.train holds {now} images, held {was}; restore them"})
+        step = start_step or state.get("batches", 0)
+        dataset, workers = FolderBatches(folder, cfg, batch_size, seed, rank, world), cfg.workers
+        state = {**fresh, "batches": step, "seen": state.get("seen", 0), "bad": state.get("bad", 0)}
+        batches = _loader(dataset, workers, _Steps(step))
+    else:
+        state = _shard_state(cfg, source.shards, rank, world, start_step, state)
+        positions = [list(p) for p in state["positions"]]
+        dataset = ShardBatches(source.shards, cfg, batch_size, seed, rank, world, positions, state["batches"])
+        batches = _loader(dataset, min(cfg.workers, len(positions)))
+    return Loader(batches, Quarantine(quarantine, cfg.bad_fraction, state["seen"], state["bad"]), state)
+
+
+def len_samples(cfg: ImageDataConfig) -> int | None:
+    """Number of training samples: counted in folders, `data.samples` for shards, where it may be unknown."""
+    source = resolve_source(cfg.train, "train")
+    return cfg.samples if source.folder is None else len(open_folder(source.folder))
+
+
+def validation_batches(cfg: ImageDataConfig, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[ImageBatch]:
+    """The held-out images, centre-cropped, in order, each exactly once over all ranks; no padding, the last batch is short.
+
+    Ranks may get different numbers of batches. With val_limit, a folder gives evenly spaced images, shards their first ones.
+    Raises DataError if an image is unreadable, ConfigError if there is no data.val.
+    """
+    _check(cfg)
+    if cfg.val is None:
+        raise ConfigError("there is no validation data; name it in data.val")
+    source = resolve_source(cfg.val, "val")
+    if source.folder is not None:
+        folder = open_folder(source.folder)
+        mine = spread(len(folder), cfg.val_limit)[rank::world]
+        dataset = FolderValidation(folder, cfg, batch_size, mine)
+        workers = min(cfg.workers, len(dataset)) if len(mine) >= WORTH_WORKERS else 0
+        return _validate(_loader(dataset, workers, range(len(dataset))))
+    return _validate(_loader(ShardValidation(source.shards, cfg, batch_size, rank, world), cfg.workers))
+
+
+def _validate(batches: DataLoader) -> Iterator[ImageBatch]:
+    iterator = iter(batches)
+    while True:
+        try:
+            fetched = _next(iterator)
+        except StopIteration:
+            return
+        if fetched.error:
+            raise DataError(fetched.error)
+        yield fetched.batch()
+
+
+def _shard_state(
+    cfg: ImageDataConfig, urls: tuple[str, ...], rank: int, world: int, start_step: int, state: dict[str, Any]
+) -> dict[str, Any]:
+    """The given state, if it fits, or that of the start: each stream at its first shard."""
+    if len(urls) < world:
+        raise DataError(f"{len(urls)} shards cannot feed {world} processes; write {world} shards or more, or use fewer processes")
+    workers = min(max(cfg.workers, 1), len(urls) // world)   # each stream needs a shard of its own
+    if workers < cfg.workers:
+        logger.warning("%d shards over %d processes keep %d of data.workers=%d busy", len(urls), world, workers, cfg.workers)
+    streams = [rank * workers + w for w in range(workers)]
+    fresh = {
+        "kind": "shards", "samples": len(urls), "names": fingerprint(urls), "world": world, "workers": workers, "rank": rank,
+        "shuffle_buffer": cfg.shuffle_buffer, "batches": 0, "positions": [[0, s, 0] for s in streams], "seen": 0, "bad": 0,
+    }   # fmt: skip
+    if not state:
+        if start_step:
+            raise CheckpointError("shards cannot be resumed from a step alone; give the loader's saved state too")
+        return fresh
+    _compare(state, fresh, {
+        "kind": "data.train is now {now}, was a {was}; name the same source",
+        "world": "resume with {was} processes (now {now}): the shards are divided among them",
+        "workers": "resume with data.workers={was} (now {now}): the shards are divided among them",
+        "rank": "this is the state of rank {was}, not of rank {now}",
+        "shuffle_buffer": "resume with data.shuffle_buffer={was} (now {now})",
+        "samples": "data.train names {now} shards, named {was}; name the same ones",
+        "names": "data.train names other shards than those that the run was trained on; name the same ones",
+    })   # fmt: skip
+    return {**state, "positions": [list(p) for p in state["positions"]]}   # the loader changes its own copy
+
+
+def _compare(state: dict[str, Any], now: dict[str, Any], advice: dict[str, str]) -> None:
+    for key, text in advice.items():
+        if key in state and state[key] != now[key]:
+            raise CheckpointError(
+                f"the data differ from those of the checkpoint: {text.format(was=state[key], now=now[key])}, "
+                "or start a new run with init_from"
+            )
+
+
+def _check(cfg: ImageDataConfig) -> None:
+    check_crop(cfg)
+    if cfg.workers < 0 or cfg.shuffle_buffer < 1 or not 0 <= cfg.bad_fraction <= 1:
+        raise ConfigError("data.workers must be at least 0, data.shuffle_buffer at least 1, data.bad_fraction within [0, 1]")
+
+
+class _Steps:
+    """The micro-steps from a first one on, for ever."""
+
+    def __init__(self, start: int):
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        return count(self.start)
+
+
+def _loader(dataset: Dataset, workers: int, sampler: Any = None) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=None,   # the data sets make whole batches
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=_as_is,   # type: ignore[arg-type]
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=2 if workers else None,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),   # else it would draw from the global one
+    )
+
+
+def _as_is(fetched: Fetched) -> Fetched:
+    return fetched
+
+
+def _next(iterator: Iterator[Fetched]) -> Fetched:
+    try:
+        return next(iterator)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            "a decoding process died, mostly for lack of memory or of shared memory (/dev/shm); "
+            f"lower data.workers or data.shuffle_buffer ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _linger(*_: Any) -> None:
+    """The first SIGTERM may come from a scheduler, which sends it to all processes at once; the next one ends this one."""
+    signal.alarm(SIGTERM_GRACE)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _start_worker(worker: int) -> None:
+    """Signals are for the training process, which saves at the next step and needs its data until then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _linger)
+    warnings.filterwarnings("ignore", module="PIL")   # remarks on odd metadata would tear the progress bar

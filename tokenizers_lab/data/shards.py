@@ -1,0 +1,258 @@
+"""Webdataset shards: reading them from anywhere, and endless, deterministic, resumable streams of their samples.
+
+All streams of a run (ranks × workers) share one endless sequence of shards, epoch after epoch, each epoch in an order of its own.
+Counted from the start of the run, its shards are turns: turn = epoch × shards + place. Stream s of S takes the turns s, s + S,
+s + 2S, …, so that every shard is read once an epoch and no stream gets ahead. A stream stands at (epoch, place, index inside the
+shard). Inside a shard, blocks of `shuffle_buffer` samples are permuted. To resume, a stream skips, without decoding, inside the
+one shard where it stood.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from itertools import islice
+from typing import Any, TypeVar
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from tokenizers_lab.data.decode import open_image
+from tokenizers_lab.data.fetched import Fetched, assemble
+from tokenizers_lab.data.quarantine import Bad
+from tokenizers_lab.data.transforms import training_view, validation_view
+from tokenizers_lab.draw import Draw
+from tokenizers_lab.errors import DataError
+from tokenizers_lab.settings import ImageDataConfig
+
+IMAGE_PARTS = ("jpg", "jpeg", "png", "webp")
+ATTEMPTS = 4             # times that a remote shard is opened before the run ends
+MAX_BAD_RUN = 1000       # unreadable samples in a row that end the run whatever bad_fraction says
+READ_TIMEOUT = 60.0      # seconds without a byte from an HTTP server
+
+T = TypeVar("T")
+
+
+def shard_samples(url: str, start: int = 0) -> Iterator[dict[str, Any]]:
+    """The raw samples of a shard from index `start` on: {"__key__", "jpg" or another of IMAGE_PARTS, "cls"}, values bytes.
+
+    A remote shard whose connection breaks is opened again and skipped to where it broke. Raises DataError if it is missing or
+    damaged.
+    """
+    remote = "://" in url and not url.startswith("file://")
+    done = 0
+    for attempt in range(ATTEMPTS):
+        try:
+            for index, sample in enumerate(_read_tar(url)):
+                if index >= done:
+                    done = index + 1
+                    if index >= start:
+                        yield sample
+            return
+        except FileNotFoundError:
+            raise DataError(f"shard {url}: there is no such file") from None
+        except ImportError as error:
+            raise DataError(f"shard {url}: {error}") from error
+        except Exception as error:   # tarfile's, zlib's, and those of each remote store
+            if not remote or attempt + 1 == ATTEMPTS:
+                advice = "check the connection and the file" if remote else "copy or write it again"
+                what = " ".join(str(error.args[0] if error.args else error).split()) or type(error).__name__
+                raise DataError(f"shard {url} is damaged or unreachable after sample {done} ({what}); {advice}") from error
+            time.sleep(0.5 * 4**attempt)
+
+
+def sample_name(url: str, sample: dict[str, Any]) -> str:
+    """What batches and the quarantine list call a sample: shard and key."""
+    return f"{_basename(url)}/{sample['__key__']}"
+
+
+def sample_label(sample: dict[str, Any], name: str) -> int | None:
+    """The class of a sample, if it has one. Raises DataError if that is no integer."""
+    if "cls" not in sample:
+        return None
+    try:
+        return int(sample["cls"])
+    except ValueError:
+        raise DataError(f"{name}: its class {sample['cls'][:20]!r} is not a number") from None
+
+
+def sample_image(sample: dict[str, Any], name: str) -> bytes:
+    """The bytes of a sample's image. Raises DataError if it has none."""
+    for part in IMAGE_PARTS:
+        if part in sample:
+            return sample[part]
+    raise DataError(f"{name}: has no image (one of {', '.join(IMAGE_PARTS)})")
+
+
+class ShardStream:
+    """One of the run's streams: its samples from a position on, for ever."""
+
+    def __init__(self, urls: Sequence[str], seed: int, shuffle_buffer: int, stream: int, streams: int):
+        self.urls, self.seed, self.buffer, self.stream, self.streams = urls, seed, shuffle_buffer, stream, streams
+
+    def samples(self, epoch: int, place: int, index: int) -> Iterator[tuple[str, dict[str, Any], list[int]]]:
+        """From a position on: the shard, the raw sample, and the position after it. Raises DataError."""
+        first = index % self.buffer
+        for url, turn, start, block in read_ahead(self._blocks(epoch * len(self.urls) + place, index - first)):
+            epoch, place = divmod(turn, len(self.urls))
+            order = Draw(self.seed, step=epoch).within(f"{place}/{start}").permutation("block", len(block)).tolist()
+            for i in range(first, len(block)):
+                yield url, block[order[i]], [epoch, place, start + i + 1]
+            first = 0
+
+    def _blocks(self, turn: int, start: int) -> Iterator[tuple[str, int, int, list[dict[str, Any]]]]:
+        """Shard, turn, index of its first sample, and samples of each block from a position on."""
+        n, in_epoch, order = len(self.urls), -1, list[int]()
+        empty = 0
+        while empty < n:
+            epoch, place = divmod(turn, n)
+            if epoch != in_epoch:
+                in_epoch, order = epoch, Draw(self.seed, step=epoch).permutation("shards", n).tolist()
+            url = self.urls[order[place]]
+            empty += start == 0
+            reader = shard_samples(url, start)
+            while block := list(islice(reader, self.buffer)):
+                yield url, turn, start, block
+                start += len(block)
+                empty = 0
+            turn, start = turn + self.streams, 0
+        raise DataError(f"{len(self.urls)} shards in a row hold no sample; their images are read from {', '.join(IMAGE_PARTS)}")
+
+
+class ShardBatches(IterableDataset):
+    """Training batches of a rank. Worker w continues the stream whose batch is due, so that the order survives a resume.
+
+    positions: epoch, place and index of each of the rank's streams; batches: how many all of them have given together.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        cfg: ImageDataConfig,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        positions: list[list[int]],
+        batches: int,
+    ):
+        self.urls, self.cfg, self.batch_size, self.seed = urls, cfg, batch_size, seed
+        self.rank, self.world, self.positions, self.batches = rank, world, positions, batches
+
+    def __iter__(self) -> Iterator[Fetched]:
+        info = get_worker_info()
+        workers = len(self.positions)
+        local = ((info.id if info else 0) + self.batches) % workers
+        stream = ShardStream(self.urls, self.seed, self.cfg.shuffle_buffer, self.rank * workers + local, self.world * workers)
+        try:
+            yield from self._batches(stream, local)
+        except DataError as error:
+            yield Fetched(error=str(error))
+
+    def _batches(self, stream: ShardStream, local: int) -> Iterator[Fetched]:
+        views, keys, labels, bad = [], [], [], list[Bad]()
+        in_a_row = 0
+        for url, sample, position in stream.samples(*self.positions[local]):
+            name = sample_name(url, sample)
+            draw = Draw(self.seed).within(f"{position[0]}/{name}")
+            try:
+                label = sample_label(sample, name)
+                with open_image(sample_image(sample, name), self.cfg.max_pixels, name) as image:
+                    views.append(training_view(image, self.cfg, draw, name))
+            except DataError as error:
+                bad.append(Bad(name, str(error)))
+                in_a_row += 1
+                if in_a_row == MAX_BAD_RUN:
+                    yield Fetched(bad=bad, error=f"{MAX_BAD_RUN} samples in a row could not be read; the last one: {error}")
+                    return
+                continue
+            in_a_row = 0
+            keys.append(name)
+            labels.append(label)
+            if len(views) == self.batch_size:
+                batch = assemble(views, keys, labels)
+                batch.bad, batch.stream, batch.position = bad, local, position
+                yield batch
+                views, keys, labels, bad = [], [], [], []
+
+
+class ShardValidation(IterableDataset):
+    """Validation batches of a rank, in order: the samples whose place is rank modulo world. No padding.
+
+    The number of samples is not known beforehand: every worker reads all shards and decodes only its own samples.
+    """
+
+    def __init__(self, urls: Sequence[str], cfg: ImageDataConfig, batch_size: int, rank: int, world: int):
+        self.urls, self.cfg, self.batch_size, self.rank, self.world = urls, cfg, batch_size, rank, world
+
+    def __iter__(self) -> Iterator[Fetched]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        try:
+            mine = islice(islice(self._everything(), self.cfg.val_limit), self.rank, None, self.world)
+            number = 0
+            while raw := list(islice(mine, self.batch_size)):
+                if number % workers == worker:   # DataLoader takes from its workers in turn
+                    yield self._decode(raw)
+                number += 1
+        except DataError as error:
+            yield Fetched(error=str(error))
+
+    def _everything(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        empty = True
+        for url in self.urls:
+            for sample in shard_samples(url):
+                empty = False
+                yield url, sample
+        if empty:
+            raise DataError(f"the validation shards hold no sample; their images are read from {', '.join(IMAGE_PARTS)}")
+
+    def _decode(self, raw: list[tuple[str, dict[str, Any]]]) -> Fetched:
+        views, keys, labels = [], [], []
+        for url, sample in raw:
+            name = sample_name(url, sample)
+            with open_image(sample_image(sample, name), self.cfg.max_pixels, name) as image:
+                views.append(validation_view(image, self.cfg, name))
+            keys.append(name)
+            labels.append(sample_label(sample, name))
+        return assemble(views, keys, labels)
+
+
+def read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; a thread fetches the next one while this one is in use."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item   # type: ignore[misc]
+
+
+def fingerprint(urls: Sequence[str]) -> str:
+    """A hash of the shards' names, without their folders: moving them all to another place is no change."""
+    return blake2b("\n".join(map(_basename, urls)).encode(), digest_size=8).hexdigest()
+
+
+def _read_tar(url: str) -> Iterator[dict[str, Any]]:
+    import fsspec
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    with fsspec.open(url, "rb", **_options(url)) as stream:
+        files = tar_file_expander(iter([{"url": url, "stream": stream}]), select_files=_wanted)
+        yield from group_by_keys(files)
+
+
+def _wanted(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in (*IMAGE_PARTS, "cls")
+
+
+def _options(url: str) -> dict[str, Any]:
+    if not url.startswith(("http://", "https://")):
+        return {}
+    import aiohttp
+
+    # fsspec's default ends a request after 5 minutes, but training reads a shard as slowly as it learns from it.
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=READ_TIMEOUT, sock_read=READ_TIMEOUT)}}
+
+
+def _basename(url: str) -> str:
+    return url.split("?")[0].rpartition("/")[2]
