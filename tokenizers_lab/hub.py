@@ -27,14 +27,17 @@ from tokenizers_lab.registry import System, get_system, systems
 from tokenizers_lab.tokenizer import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Tokenizer, load_weights, read_config, read_weights
 from tokenizers_lab.training.checkpoint import MANIFEST, list_checkpoints, load_torch, newest_checkpoint
 
-__all__ = ["build_from_dict", "build_tokenizer", "convert_official", "load", "model_card", "push", "resolve_folder", "weights_sha256"]
+__all__ = ["OfficialWeights", "build_from_dict", "build_tokenizer", "convert_official", "load", "model_card", "push", "resolve_folder",
+           "save_official", "weights_sha256"]
 
 HEADS_FILE = "heads.safetensors"      # the objective's heads of converted weights, where the authors released them
 OFFICIAL_ENV = "TOKENIZERS_LAB_OFFICIAL"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def load(name: str | os.PathLike[str], device: torch.device | str = "cpu", path: str | os.PathLike[str] | None = None) -> Tokenizer:
+def load(
+    name: str | os.PathLike[str], device: torch.device | str = "cpu", path: str | os.PathLike[str] | None = None
+) -> Tokenizer:
     """The tokenizer of that name (see the top of this file), in eval mode; of a checkpoint, the moving average of the weights.
 
     path: for `<system>/official`, the authors' file or a folder of the hub's layout, instead of a download; the environment
@@ -92,7 +95,7 @@ def build_from_dict(system: str, model: dict[str, Any], source: str = "config.js
 
 
 def weights_sha256(folder: str | os.PathLike[str]) -> str:
-    """SHA-256 of a saved folder's weights, as `sha256sum model.safetensors` gives it. Raises CheckpointError if there are none."""
+    """SHA-256 of a saved folder's weights, as `sha256sum model.safetensors` gives it. Raises CheckpointError."""
     try:
         return sha256_of(Path(folder) / WEIGHTS_FILE)
     except OSError as error:
@@ -300,5 +303,6 @@ def push(tokenizer: Tokenizer, repo_id: str, private: bool = True, yes: bool = F
             address = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         except Exception as error:
-            raise TokenizersLabError(f"could not push to {repo_id}: {describe_error(error)}; log in with hf auth login") from error
+            reason = describe_error(error)
+            raise TokenizersLabError(f"could not push to {repo_id} ({reason}); log in with hf auth login") from error
     return str(address)

@@ -20,7 +20,8 @@ def model_card(system: str, config: dict[str, Any]) -> str:
     if licence:
         header.append(f"license: {licence if licence in SPDX else 'other'}")
     lines = [
-        *header, "---", f"# {system}", "", f"{described.summary}. {described.paper}.", "", "```python", "import tokenizers_lab", "",
+        *header, "---", f"# {system}", "", f"{described.summary}. {described.paper}.", "",
+        "```python", "import tokenizers_lab", "",
         'tokenizer = tokenizers_lab.load("FOLDER_OR_HUB_ID")', *USAGE[described.kind], "```", "", "## Weights", "",
     ]
     origin = provenance.get("converted_from")

@@ -1,0 +1,45 @@
+"""`toklab convert`: the authors' weights to our format."""
+
+import argparse
+import json
+from pathlib import Path
+
+from .common import say
+
+help = "convert the authors' released weights to our format"
+description = """Convert the authors' checkpoint of a system, read as data and never executed, to a folder that every
+command takes as a model. A key that is missing, left over or of another shape is an error.
+toklab train CONFIG init_from=OUT starts from it."""
+example = "toklab convert rectok RecTok.pth rectok-official --heads"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """System, file, output."""
+    parser.add_argument("system", metavar="SYSTEM", help="which system (toklab list)")
+    parser.add_argument("file", metavar="OFFICIAL.pth", help="the authors' checkpoint: a torch file or safetensors")
+    parser.add_argument("out", metavar="OUT", help="folder for the converted weights")
+    parser.add_argument("--heads", action="store_true", help="also keep what only training needs, such as semantic decoders")
+    parser.add_argument("--official-config", metavar="JSON", help="the authors' constructor arguments, for sizes of your own")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and save."""
+    from tokenizers_lab.errors import ConfigError, InputError
+    from tokenizers_lab.hub import convert_official, save_official, weights_sha256
+
+    config = None
+    if args.official_config:
+        try:
+            config = json.loads(Path(args.official_config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--official-config {args.official_config} is no readable JSON: {error}") from error
+    if Path(args.out).exists() and (not Path(args.out).is_dir() or any(Path(args.out).iterdir())):
+        raise InputError(f"{args.out} exists and is not empty: choose another folder")
+    converted = convert_official(args.system, args.file, config)
+    folder = save_official(converted, Path(args.out), heads=args.heads)
+    say(f"{args.system}: {sum(p.numel() for p in converted.tokenizer.parameters()) / 1e6:.2f} M parameters -> {folder}")
+    if args.heads:
+        say(f"heads: {len(converted.heads)} tensors" + ("" if converted.heads else " (this release has none)"))
+    say(f"licence of the release: {converted.tokenizer.provenance['licence']}")
+    say(f"SHA-256 {weights_sha256(folder)}")
+    return 0
