@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     data = data_config(args.data, args.size or int(getattr(tokenizer.cfg, "image_size", 256)), args.limit)
     batches = show_progress(validation_batches(data, args.batch_size), "evaluating")
     result = evaluate_images(
-        tokenizer, batches, metrics, label=args.model, data=data_protocol(data), baselines=not args.no_baselines, forward_batch=args.batch_size, allow_missing=args.allow_missing)
+        tokenizer, batches, metrics, label=args.model, data=data_protocol(data), baselines=not args.no_baselines,
+        forward_batch=args.batch_size, allow_missing=args.allow_missing)
     say(f"{result['n']} images of {args.data}, {data.size} px (95 % intervals)")
     for row in result["rows"]:
         say(row["label"])

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"{figures['kind']:<16} {' × '.join(map(str, figures['shape']))}")
     values = math.prod(figures["image"])
     if figures["floats"]:
-        say(f"per image        {figures['floats']:,} floats, {values / figures['floats']:.1f} times fewer than values in the image")
+        say(f"per image        {figures['floats']:,} floats, {values / figures['floats']:.1f} times fewer than pixel values")
     else:
         say(f"per image        {figures['bits']:,.0f} bits, {figures['bits'] / (values / 3):.3f} a pixel")
     say(f"encode           {figures['encode_flops'] / 1e9:.2f} GFLOPs (a multiply-add counts as 2)")

@@ -35,10 +35,9 @@ def command_module(name: str) -> ModuleType:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = Parser(
-        prog="toklab", description=DESCRIPTION, epilog=EPILOG, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=20))
+    parser = Parser(prog="toklab", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="store_true", help="print the version and stop")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND [option …]", title="commands")
     for name in COMMANDS:
         module = command_module(name)
         description = getattr(module, "description", module.help[0].upper() + module.help[1:] + ".")
