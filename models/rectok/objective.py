@@ -74,10 +74,9 @@ class RecTokObjective(Objective):
             self.frozen[f"teacher_{name}"] = build_vision_teacher(teacher, (side, side))
         if self.cfg.lpips != "none":
             self.frozen["lpips"] = LPIPS(self.cfg.lpips)
-        if self.cfg.logits_network not in ("none", "teacher"):
-            self.frozen["logits"] = LogitDistance(self.cfg.logits_network)
-        elif self.cfg.logits_network == "teacher":
-            self.logits_teacher()      # refuse now, not in the middle of training
+        if self.cfg.logits_network != "none":
+            network = self.logits_teacher() if self.cfg.logits_network == "teacher" else self.cfg.logits_network
+            self.frozen["logits"] = LogitDistance(network)
 
     def teacher(self, name: str) -> Any:
         """The teacher of that name in the config. Raises ConfigError if it was not built."""
@@ -96,8 +95,8 @@ class RecTokObjective(Objective):
         """Where teachers and perceptual networks come from."""
         found = {f"teacher.{name}": self.teacher(name).provenance for name in self.cfg.teachers if f"teacher_{name}" in self.frozen}
         found |= {name: str(self.frozen[name].provenance) for name in ("lpips", "logits") if name in self.frozen}
-        if self.cfg.logits_network == "teacher" and found:
-            found["logits"] = f"stand-in for ConvNeXt-S: {self.logits_teacher().provenance}"
+        if "logits" in found and self.cfg.logits_network == "teacher":
+            found["logits"] = f"stands in for ConvNeXt-S: {found['logits']}"
         return found
 
     def draw_mask(self, items: int, tokens: int, draw: Draw) -> TokenMask | None:
@@ -150,26 +149,17 @@ class RecTokObjective(Objective):
             return torch.stack([feature_distance(*pair, self.cfg.semantic_loss) for pair in pairs]).mean()
 
     def perceptual(self, fake: Tensor, real: Tensor) -> Tensor:
-        """Weighted mean of LPIPS (weight 1) and the squared distance of a classifier's logits (`logits_weight`)."""
+        """(LPIPS + w · squared distance of a classifier's logits) / (1 + w), w = `logits_weight`; images (B, 3, H, W)."""
         parts, weights = [], []
         if self.cfg.lpips != "none":
             parts.append(self.frozen["lpips"](fake, real).mean())
             weights.append(1.0)
         if self.cfg.logits_network != "none":
-            parts.append(self.logit_distance(fake, real))
+            parts.append(self.frozen["logits"](fake, real).mean())
             weights.append(self.cfg.logits_weight)
         if not parts:
             raise ConfigError("the loss perceptual needs objective.lpips or objective.logits_network")
         return sum((w * p for w, p in zip(weights, parts)), real.new_zeros(())) / sum(weights)
-
-    def logit_distance(self, fake: Tensor, real: Tensor) -> Tensor:
-        """Mean squared difference of the logits of ConvNeXt-S, or of the teacher that stands in."""
-        if self.cfg.logits_network != "teacher":
-            return self.frozen["logits"](fake, real).mean()
-        teacher = self.logits_teacher()
-        with torch.no_grad():
-            wanted = teacher.logits(real)
-        return F.mse_loss(teacher.logits(fake), wanted)
 
     def adversarial(self, fake: Tensor) -> Tensor:
         """The generator's hinge loss; the discriminator's parameters get no gradient from it."""
