@@ -22,6 +22,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) of each image, in [−1, 1]: Gaussian window 11, σ 1.5, mean of the colours.
 
+    torchmetrics' convention: the mean is over all pixels, with the image mirrored at its borders.
     x, y: (B, C, H, W) in [0, 1], at least 11 pixels a side. Returns float32 (B,). Raises InputError on other shapes.
     """
     check_pair(x, y)
