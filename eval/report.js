@@ -1,0 +1,24 @@
+for (const viewer of document.querySelectorAll('.viewer')) {
+  const cards = viewer.parentElement.querySelector('.cards');
+  const stack = viewer.querySelector('.stack'), [under, over] = stack.querySelectorAll('img');
+  const [left, right] = viewer.querySelectorAll('select'), range = viewer.querySelector('input'), values = viewer.querySelector('.values');
+  let chosen = cards.querySelector('button');
+  const show = () => {
+    const source = kind => chosen.querySelector('img[data-kind="' + kind + '"]');
+    under.src = source(left.value).src; under.alt = left.value;
+    over.src = source(right.value).src; over.alt = right.value;
+    values.textContent = chosen.dataset.values;
+    for (const card of cards.children) card.setAttribute('aria-pressed', card === chosen);
+  };
+  const cut = () => stack.style.setProperty('--cut', range.value + '%');
+  for (const card of cards.children) card.addEventListener('click', () => { chosen = card; show(); });
+  left.addEventListener('change', show); right.addEventListener('change', show); range.addEventListener('input', cut);
+  stack.addEventListener('pointermove', event => {
+    if (event.pointerType === 'touch' || event.buttons) {
+      const box = stack.getBoundingClientRect();
+      range.value = 100 * (event.clientX - box.left) / box.width; cut();
+    }
+  });
+  show(); cut();
+}
+document.documentElement.dataset.ready = 'yes';

@@ -1,0 +1,177 @@
+"""A training run's folder: what it holds, and its evaluation on held-out images."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tokenizers_lab.config import load_config
+from tokenizers_lab.data.loader import validation_batches
+from tokenizers_lab.errors import CheckpointError, DataError, WeightsMissing
+from tokenizers_lab.hub import load
+from tokenizers_lab.registry import get_system
+from tokenizers_lab.settings import RunConfig
+from tokenizers_lab.tokenizer import ImageTokenizer
+from tokenizers_lab.training.checkpoint import newest_checkpoint, read_state
+from tokenizers_lab.training.run import stage_lengths
+
+from .grid import save_grid, to_pixels
+from .images import Candidate, data_protocol, evaluate_images
+from .latents import LatentColours, latent_statistics
+from .provenance import write_json
+
+RESULTS, GRID, EXAMPLES, METRICS_FILE, TEACHERS = "results.json", "grid.png", "examples", "metrics.jsonl", "provenance.json"
+EXAMPLE_COUNT = 16
+
+
+@dataclass
+class RunFolder:
+    """What a run's folder says, without loading a network."""
+
+    path: Path
+    config: RunConfig
+    records: list[dict[str, Any]]      # lines of metrics.jsonl
+    checkpoint: Path | None            # newest whole checkpoint
+    step: int                          # its step
+    total: int                         # steps of the whole run
+    boundaries: list[tuple[str, int]]  # stages and the step at which each begins
+
+    @property
+    def status(self) -> str:
+        """`finished`, or `step k of n`."""
+        return f"finished, {self.total} steps" if self.step >= self.total else f"step {self.step} of {self.total}"
+
+
+def open_run(folder: str | Path) -> RunFolder:
+    """Read a run's config, metrics and newest checkpoint. Raises CheckpointError if the folder is no run."""
+    path = Path(folder)
+    if not (path / "config.yaml").is_file():
+        raise CheckpointError(f"{path} is not a run: it has no config.yaml. A run's folder is OUT/<system>-<name>")
+    config = load_config(str(path / "config.yaml"))
+    checkpoint = newest_checkpoint(path)
+    boundaries, start = [], 0
+    for stage, (steps, _) in zip(config.stages, stage_lengths(config)):
+        boundaries.append((stage.name, start))
+        start += steps
+    step = 0 if checkpoint is None else int(read_state(checkpoint)["step"])
+    return RunFolder(path, config, read_records(path / METRICS_FILE), checkpoint, step, start, boundaries)
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; a torn last line of a running or killed run is left out."""
+    records = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def read_results(run: RunFolder) -> dict[str, Any] | None:
+    """results.json, or None if it is missing, damaged or of another step than the newest checkpoint."""
+    try:
+        results = json.loads((run.path / RESULTS).read_text())
+        return results if results["run"]["step"] == run.step else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class ExampleKeeper:
+    """Keeps the first few originals and the model's reconstructions while an evaluation runs."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.keys: list[str] = []
+        self.originals: list[Tensor] = []
+        self.reconstructions: list[Tensor] = []
+
+    def __call__(self, candidate: Candidate, originals: Tensor, outputs: Tensor, keys: Sequence[str]) -> None:
+        """Called by `evaluate_images`."""
+        if candidate.role != "model":
+            return
+        for key, original, output in zip(keys, originals, outputs):
+            if len(self.keys) < self.count:
+                self.keys.append(key)
+                self.originals.append(original.cpu())
+                self.reconstructions.append(output.cpu())
+
+
+def evaluate_run(
+    run: RunFolder, metrics: Sequence[str] = ("psnr", "ssim", "lpips"), device: torch.device | str = "cpu", batch_size: int = 16
+) -> dict[str, Any]:
+    """Evaluate the newest checkpoint's EMA weights on the run's validation images.
+
+    Writes results.json, grid.png and examples/ into the run's folder; returns the results. A metric whose weights are not
+    here becomes a row that says so. Raises CheckpointError without a checkpoint, DataError without validation images.
+    """
+    if run.checkpoint is None:
+        raise CheckpointError(f"{run.path} has no finished checkpoint yet: train longer, or lower train.checkpoint_every")
+    if not run.config.data.val:
+        raise DataError(f"{run.path} has no validation images: set data.val to evaluate it")
+    tokenizer = load(str(run.checkpoint), device=device)
+    if not isinstance(tokenizer, ImageTokenizer):
+        raise CheckpointError(f"{run.checkpoint} holds no image tokenizer")
+
+    def batches() -> Any:
+        return validation_batches(run.config.data, batch_size)
+
+    keeper = ExampleKeeper(EXAMPLE_COUNT)
+    results = evaluate_images(
+        tokenizer, batches(), metrics, label="trained (EMA weights)", data=data_protocol(run.config.data),
+        allow_missing=True, together=False, observe=keeper,
+    )
+    results["latents"], colours = latent_statistics(tokenizer, batches())
+    results["run"] = {
+        "system": run.config.system, "name": run.config.name, "step": run.step, "total": run.total, "status": run.status,
+        "checkpoint": run.checkpoint.relative_to(run.path).as_posix(), "stages": [list(b) for b in run.boundaries],
+    }
+    results["teachers"] = teacher_provenance(run)
+    originals, reconstructions = torch.stack(keeper.originals), torch.stack(keeper.reconstructions)
+    results["examples"] = _write_examples(run.path, tokenizer, keeper, originals, reconstructions, colours, results)
+    save_grid(originals, reconstructions, run.path / GRID)
+    write_json(results, run.path / RESULTS)
+    return results
+
+
+def teacher_provenance(run: RunFolder) -> dict[str, str]:
+    """Where the frozen networks of training come from: as the run recorded it, else by building the objective anew."""
+    try:
+        return dict(json.loads((run.path / TEACHERS).read_text()))
+    except (OSError, ValueError, TypeError):
+        pass
+    try:
+        objective = get_system(run.config.system).resolve("objective")(run.config.objective, run.config.model)
+        return dict(objective.provenance())
+    except WeightsMissing as error:
+        return {"unknown": f"not recorded, and not here now: {error}"}
+
+
+def _write_examples(
+    folder: Path, tokenizer: ImageTokenizer, keeper: ExampleKeeper, originals: Tensor, reconstructions: Tensor,
+    colours: LatentColours | None, results: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """PNG files of each example; returns their names and values."""
+    (folder / EXAMPLES).mkdir(exist_ok=True)
+    pictures = {"original": to_pixels(originals), "reconstruction": to_pixels(reconstructions)}
+    if colours is not None:
+        with torch.inference_mode():
+            latents = tokenizer.encode(originals.to(tokenizer.device)).latents
+        assert latents is not None      # there are colours only for continuous latents
+        pictures["latent"] = colours.paint(latents)
+    row = results["rows"][0]["metrics"]
+    examples = []
+    for i, key in enumerate(keeper.keys):
+        place = results["keys"].index(key)
+        entry: dict[str, Any] = {"key": key, "values": {m: v["per_image"][place] for m, v in row.items() if "per_image" in v}}
+        for kind, images in pictures.items():
+            name = f"{EXAMPLES}/{i:02d}_{kind}.png"
+            Image.fromarray(images[i]).save(folder / name, optimize=True)
+            entry[kind] = name
+        examples.append(entry)
+    return examples

@@ -1,0 +1,63 @@
+"""What a person wants to see when training ends."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .images import UNTRAINED_LABEL
+from .report import REPORT, write_report
+from .runs import GRID, METRICS_FILE, RESULTS, evaluate_run, open_run
+
+
+def finish_run(run_folder: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Evaluate a run's newest checkpoint and write results.json, grid.png and report.html beside it.
+
+    Works for an interrupted run too: the summary then says `step k of n`. Returns the results with `paths` added.
+    Raises CheckpointError without a finished checkpoint, DataError without validation images.
+    """
+    run = open_run(run_folder)
+    results = evaluate_run(run, device=device)
+    write_report(run.path)
+    assert run.checkpoint is not None      # evaluate_run has raised otherwise
+    paths = {
+        "grid": run.path / GRID, "metrics": run.path / METRICS_FILE, "results": run.path / RESULTS,
+        "checkpoint": run.checkpoint, "report": run.path / REPORT,
+    }
+    return {**results, "paths": {name: str(path) for name, path in paths.items()}}
+
+
+def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
+    """A table of the trained model beside the untrained network and the mean colour of each patch, then the paths."""
+    console = console or Console()
+    run = summary["run"]
+    table = Table(title=f"{run['system']}-{run['name']}: {run['status']}, {summary['n']} held-out images", title_justify="left")
+    table.add_column("")
+    names = list(summary["rows"][0]["metrics"])
+    titles = {name: summary["rows"][0]["metrics"][name]["title"] for name in names}
+    for name in names:
+        table.add_column(titles[name], justify="right")
+    for row in summary["rows"]:
+        table.add_row(row["label"], *(format_value(row["metrics"][name]) for name in names))
+    table.add_section()
+    for label in dict.fromkeys(m["over"] for m in summary["margins"]):
+        margins = {m["metric"]: m["value"] for m in summary["margins"] if m["over"] == label}
+        short = label.replace(UNTRAINED_LABEL, "untrained")
+        table.add_row(f"better than {short} by", *(f"{margins[n]:+.3g}" if n in margins else "–" for n in names))
+    console.print(table)
+    for name in names:
+        if "missing" in summary["rows"][0]["metrics"][name]:
+            console.print(f"{titles[name]}: {summary['rows'][0]['metrics'][name]['missing']}", markup=False, soft_wrap=True)
+    for network, source in summary["teachers"].items():
+        console.print(f"{network}: {source}", markup=False, soft_wrap=True)
+    for name, path in summary["paths"].items():
+        console.print(f"{name:>10}  {path}", markup=False, soft_wrap=True, highlight=False)
+
+
+def format_value(result: dict[str, Any]) -> str:
+    """A metric's value, or that it is missing."""
+    if result["value"] is None:
+        return "not here"
+    return f"{result['value']:.2f} {result['unit']}" if result["unit"] == "dB" else f"{result['value']:.4f}"
