@@ -7,6 +7,7 @@ weights, `teacher` is EfficientNet-Lite0: stand-ins that need no download. Their
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from tokenizers_lab.assets import find
+from tokenizers_lab.assets import find, get_asset
 from tokenizers_lab.draw import stable_seed
 from tokenizers_lab.errors import CheckpointError, ConfigError, InputError
 
@@ -105,7 +106,7 @@ class InceptionV3(nn.Module):
         # sFID's layer is TensorFlow's mixed_6/conv, the 1×1 branch of this block; others take 6e, wrongly
         spatial = self.Mixed_6d.branch1x1(x)[:, :SPATIAL_CHANNELS]                   # (B, 7, 17, 17)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(self.Mixed_6e(self.Mixed_6d(x)))))
-        pool = x.mean(dim=(2, 3)) if x.device.type == "meta" else F.adaptive_avg_pool2d(x, 1).flatten(1)
+        pool = F.adaptive_avg_pool2d(x, 1).flatten(1)
         return Features(pool, spatial.permute(0, 2, 3, 1).flatten(1), pool.mm(self.fc.weight.T))   # no bias, as ADM
 
 
@@ -113,7 +114,7 @@ class FeatureExtractor(nn.Module):
     """A frozen network with a name; the features of an image depend on that image alone."""
 
     def __init__(self, network: nn.Module, kind: str, identifier: str, resize: str, provenance: str, rounding: Rounding):
-        """network: uint8 images (B, 3, H, W) -> Features. kind: inception, random or teacher."""
+        """network: uint8 images (B, 3, H, W) -> Features. kind: inception, random, teacher, or given (the user's own weights)."""
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.kind, self.identifier, self.resize = kind, identifier, resize
@@ -163,19 +164,21 @@ class FeatureExtractor(nn.Module):
 
 
 def build_extractor(
-    kind: str = "inception", path: str | None = None, device: torch.device | str = "cpu", seed: int = 0, rounding: Rounding = "nearest"
+    kind: str = "inception", path: str | None = None, device: torch.device | str = "cpu", seed: int = 0,
+    rounding: Rounding = "nearest",
 ) -> FeatureExtractor:
     """The extractor of that kind: inception, random or teacher.
 
-    path: Inception weights in torch-fidelity's format; none: from the assets table. seed: of the random weights.
+    path: Inception weights in torch-fidelity's format; none: from the assets table. Other weights than the published file
+    (by SHA-256) give kind `given`, whose results are not called FID. seed: of the random weights.
     Raises WeightsMissing if the network is not here and cannot be fetched, CheckpointError if the file is another network's,
     ConfigError on an unknown kind.
     """
     if kind == "inception":
         extractor = _inception(path, rounding)
     elif kind == "random":
-        identifier = f"inception-v3 with random weights, seed {seed}"
-        extractor = FeatureExtractor(random_inception(seed), "random", identifier, TF1_RESIZE, f"random weights, seed {seed}", rounding)
+        provenance = f"inception-v3 with random weights, seed {seed}"
+        extractor = FeatureExtractor(random_inception(seed), "random", provenance, TF1_RESIZE, provenance, rounding)
     elif kind == "teacher":
         extractor = _teacher(rounding)
     else:
@@ -204,11 +207,12 @@ def _inception(path: str | None, rounding: Rounding) -> FeatureExtractor:
         with torch.device("meta"):
             network = InceptionV3()
         network.load_state_dict(state, assign=True)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OSError, EOFError) as error:
-        raise CheckpointError(f"{found.path} does not hold torch-fidelity's Inception weights: {str(error).splitlines()[0]}") from error
-    except Exception as error:      # pickle.UnpicklingError and its kin: an unsafe or damaged file
-        raise CheckpointError(f"{found.path} is no plain state dict: {str(error).splitlines()[0]}") from error
-    return FeatureExtractor(network.float(), "inception", f"inception-v3 {found.sha256}", TF1_RESIZE, found.source, rounding)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, OSError, EOFError, UnpicklingError) as error:
+        # torch's own words for a pickle advise to load it unsafely
+        reason = "it is no plain state dict" if isinstance(error, UnpicklingError) else str(error).splitlines()[0]
+        raise CheckpointError(f"{found.path} does not hold torch-fidelity's Inception weights: {reason}") from error
+    kind = "inception" if found.sha256 == get_asset("inception-fid").sha256 else "given"
+    return FeatureExtractor(network.float(), kind, f"inception-v3 {found.sha256}", TF1_RESIZE, found.source, rounding)
 
 
 class _TeacherFeatures(nn.Module):

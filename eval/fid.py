@@ -16,7 +16,7 @@ from tokenizers_lab.errors import InputError
 
 from .bootstrap import Interval
 from .deterministic import map_in_order, one_thread
-from .statistics import CHUNK, Statistics, check_features, compute_statistics
+from .statistics import CHUNK, Statistics, compute_statistics
 
 PIVOT = 1e-12      # a covariance whose smallest Cholesky pivot is below this share of its largest entry counts as singular
 
@@ -72,7 +72,7 @@ def _inner(factor: Tensor, covariance: Tensor) -> Tensor:
 def frechet_warnings(first: Statistics, second: Statistics) -> tuple[str, ...]:
     """What makes the distance unreliable, in words for the result; empty if nothing does."""
     return tuple(
-        f"{name}: {one.n} samples are fewer than the {one.width} features: the covariance is singular and the distance says little"
+        f"{name}: {one.n} samples are no more than the {one.width} features: the covariance is singular, the distance says little"
         for name, one in (("samples", first), ("reference", second))
         if one.n is not None and one.n <= one.width
     )
@@ -175,7 +175,8 @@ class _Expansion:
             own = (v * v).T @ (v * v) + (q * q).T @ (q * q)
             return torch.stack([influence, (x - y).square().sum(dim=1)]), own, pq.T @ pq
 
-        rows, own, mixed, n = [], torch.zeros_like(self.to_p), torch.zeros_like(self.to_p), len(features)
+        rows, n = [], len(features)
+        own, mixed = torch.zeros_like(self.to_p), torch.zeros_like(self.to_p)
         for row, own_part, mixed_part in map_in_order(chunk, zip(features.split(CHUNK), reference.split(CHUNK))):
             rows.append(row)
             own += own_part

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -42,7 +43,8 @@ def inception_score(
     n = len(logits)
     if splits is not None:
         bounds = [i * n // splits for i in range(splits + 1)]
-        protocol = f"{splits} splits, " + ("in order" if shuffle_seed is None else f"shuffled with seed {shuffle_seed} (torch-fidelity)")
+        order = "in order" if shuffle_seed is None else f"shuffled with seed {shuffle_seed} (torch-fidelity)"
+        protocol = f"{splits} splits, {order}"
     elif split_size is not None and split_size > 0:
         bounds = [*range(0, n, split_size), n]
         protocol = f"consecutive splits of {split_size} (ADM)"
@@ -55,7 +57,7 @@ def inception_score(
         logits = logits[torch.from_numpy(np.random.RandomState(shuffle_seed).permutation(n))]
     scores, variances = [], []
     with one_thread():
-        for start, end in zip(bounds, bounds[1:]):
+        for start, end in pairwise(bounds):
             log_p = logits[start:end].double().log_softmax(dim=1)                        # (n, K)
             p = log_p.exp()
             divergence = (p * (log_p - p.mean(dim=0).log().clamp_min(-1e300))).sum(dim=1)   # 0 · −inf would be NaN

@@ -12,7 +12,7 @@ from tokenizers_lab.errors import InputError
 
 from .bootstrap import Interval
 from .deterministic import map_in_order
-from .statistics import check_features
+from .statistics import check_two_sets
 
 SUBSETS, SUBSET_SIZE, SEED = 100, 1000, 2020      # torch-fidelity's protocol
 
@@ -43,7 +43,8 @@ def squared_mmd(first: Tensor, second: Tensor) -> float:
 
 
 def kernel_distance(
-    features: Tensor, reference: Tensor, subsets: int = SUBSETS, subset_size: int = SUBSET_SIZE, seed: int = SEED, level: float = 0.95
+    features: Tensor, reference: Tensor, subsets: int = SUBSETS, subset_size: int = SUBSET_SIZE, seed: int = SEED,
+    level: float = 0.95,
 ) -> KernelDistance:
     """KID of features (N, D) and reference (M, D), torch-fidelity's subsets in float64.
 
@@ -51,10 +52,7 @@ def kernel_distance(
     spread gives, corrected for their being drawn without replacement; the finite number of subsets adds to it. Pairs are
     treated as independent sets, which makes their interval too wide. Raises InputError on sets smaller than a subset.
     """
-    check_features(features)
-    check_features(reference, "reference features")
-    if features.shape[1] != reference.shape[1]:
-        raise InputError(f"the two sets have {features.shape[1]} and {reference.shape[1]} features: they come from different networks")
+    check_two_sets(features, reference)
     if subset_size < 2 or subsets < 1 or min(len(features), len(reference)) < subset_size:
         raise InputError(f"KID needs at least {max(2, subset_size)} samples in each set (the subset size), not "
                          f"{len(features)} and {len(reference)}: choose a smaller subset size")

@@ -11,7 +11,7 @@ from tokenizers_lab.errors import InputError
 
 from .bootstrap import Interval, mean_interval
 from .deterministic import map_in_order
-from .statistics import check_features
+from .statistics import check_two_sets
 
 Arithmetic = Literal["float32", "float64", "adm-float16"]
 ROWS = 512             # rows of distances that one thread holds at a time
@@ -39,10 +39,7 @@ def precision_recall(
     belongs to it. `adm-float16` reproduces the half precision of ADM's evaluator, whose third decimals are noise.
     Raises InputError where a set has fewer than k + 1 points or features are not finite.
     """
-    check_features(features)
-    check_features(reference, "reference features")
-    if features.shape[1] != reference.shape[1]:
-        raise InputError(f"the two sets have {features.shape[1]} and {reference.shape[1]} features: they come from different networks")
+    check_two_sets(features, reference)
     features, reference = features.detach().cpu(), reference.detach().cpu()
     inside_reference = in_manifold(features, reference, manifold_radii(reference, k, arithmetic), arithmetic)
     inside_samples = in_manifold(reference, features, manifold_radii(features, k, arithmetic), arithmetic)

@@ -51,6 +51,15 @@ def check_features(features: Tensor, name: str = "features") -> None:
                          "look at those images, or run the network in float32")
 
 
+def check_two_sets(features: Tensor, reference: Tensor) -> None:
+    """Raise InputError unless both are finite float matrices (N, D) and (M, D)."""
+    check_features(features)
+    check_features(reference, "reference features")
+    if features.shape[1] != reference.shape[1]:
+        raise InputError(f"the two sets have {features.shape[1]} and {reference.shape[1]} features: they come from different "
+                         "networks")
+
+
 def compute_statistics(features: Tensor, source: Mapping[str, Any] | None = None) -> Statistics:
     """Mean and unbiased covariance in float64 of features (N, D) on the CPU, N ≥ 2.
 
@@ -91,7 +100,8 @@ def save_statistics(path: str | Path, statistics: Statistics, spatial: Statistic
     """Write ADM's layout (mu, sigma, and mu_s, sigma_s if `spatial` is given) as NPZ, with n and source as JSON text."""
     path = Path(path)
     note = {"format": FORMAT, "n": statistics.n, "source": statistics.source}
-    arrays = {"mu": statistics.mean.numpy(), "sigma": statistics.covariance.numpy(), "note": np.array(json.dumps(note, sort_keys=True))}
+    text = np.array(json.dumps(note, sort_keys=True))
+    arrays = {"mu": statistics.mean.numpy(), "sigma": statistics.covariance.numpy(), "note": text}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean.numpy(), "sigma_s": spatial.covariance.numpy()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +134,8 @@ def read_statistics(path: str | Path) -> tuple[Statistics, Statistics | None]:
         raise DataError(f"there is no statistics file {path}") from None
     except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is not a readable NPZ file of statistics: {error}") from error
-    source = dict(note.get("source", {})) if note.get("format") == FORMAT else {"note": "the file names neither network nor resize mode"}
+    ours = note.get("format") == FORMAT
+    source = dict(note.get("source", {})) if ours else {"note": "the file names neither network nor resize mode"}
     source["file_sha256"] = file_sha256(path)
     n = note.get("n")
     spatial = None
@@ -156,7 +167,7 @@ def check_compatible(statistics: Statistics, extractor: str, resize: str, width:
     made = {"network": statistics.source.get("extractor"), "resize mode": statistics.source.get("resize")}
     for what, used in (("network", extractor), ("resize mode", resize)):
         if made[what] is None and not assumed:
-            raise InputError(f"the reference statistics do not say their {what}, and this evaluation uses '{used}': make them anew")
+            raise InputError(f"the reference statistics do not say their {what}, this evaluation uses '{used}': make them anew")
         if made[what] is not None and made[what] != used:
             raise InputError(f"the reference statistics were made with {what} '{made[what]}', this evaluation uses '{used}': "
                              "make them anew or choose the same")

@@ -1,0 +1,123 @@
+"""Metrics between two sets of images by their features, by name, as JSON data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tokenizers_lab.errors import InputError
+
+from .bootstrap import Interval
+from .features import FeatureExtractor, Features
+from .fid import evaluate_frechet, frechet_json
+from .inception_score import inception_score
+from .kid import SUBSET_SIZE, kernel_distance
+from .precision_recall import precision_recall
+from .statistics import Statistics, check_compatible
+
+METRICS = {      # name: (title, better)
+    "rfid": ("rFID", "lower"), "fid": ("FID", "lower"), "sfid": ("sFID", "lower"), "kid": ("KID", "lower"),
+    "is": ("Inception Score", "higher"), "precision": ("Precision", "higher"), "recall": ("Recall", "higher"),
+}
+STAND_IN_TITLES = {
+    "rfid": "Fréchet distance", "fid": "Fréchet distance", "sfid": "spatial Fréchet distance", "kid": "kernel distance",
+    "is": "class score", "precision": "Precision", "recall": "Recall",
+}
+
+
+@dataclass
+class Reference:
+    """What samples are compared with: features, or statistics where only a file of them is at hand."""
+
+    features: Features | None = None
+    statistics: Statistics | None = None            # of the pooled features
+    spatial_statistics: Statistics | None = None
+
+    def pool(self) -> Tensor | Statistics:
+        """Pooled features, else their statistics."""
+        return self._either(None if self.features is None else self.features.pool, self.statistics, "pooled")
+
+    def spatial(self) -> Tensor | Statistics:
+        """Spatial features, else their statistics."""
+        return self._either(None if self.features is None else self.features.spatial, self.spatial_statistics, "spatial")
+
+    def _either(self, features: Tensor | None, statistics: Statistics | None, what: str) -> Tensor | Statistics:
+        if statistics is not None:
+            return statistics
+        if features is None:
+            raise InputError(f"the reference has no {what} features and no statistics of them")
+        return features
+
+    def images(self, metric: str) -> Tensor:
+        """Pooled features for a metric that statistics are not enough for."""
+        if self.features is None:
+            raise InputError(f"{metric} needs the reference's images: statistics are not enough")
+        return self.features.pool
+
+
+def check_metrics(names: Sequence[str], extractor: FeatureExtractor | None = None) -> None:
+    """Raise InputError for an unknown metric, or one that the extractor's network has no features for."""
+    for name in names:
+        if name not in METRICS:
+            raise InputError(f"there is no metric of features '{name}'; known: {', '.join(METRICS)}")
+        if name == "sfid" and extractor is not None and extractor.kind == "teacher":
+            raise InputError("sfid needs Inception's spatial features: the teacher has none")
+
+
+def feature_metrics(
+    names: Sequence[str], extractor: FeatureExtractor, samples: Features, reference: Reference, paired: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Each metric's result by the name it may bear with this extractor: `rfid` only with FID's network.
+
+    A result has value, uncertainty, n, warnings, title, better, network and what the metric adds (`bias_estimate`, splits, …).
+    paired: samples[i] is the reconstruction of reference[i]; narrows the interval of Fréchet distances.
+    Raises InputError for too few samples, non-finite features, statistics of another network or resize mode.
+    """
+    check_metrics(names, extractor)
+    _check_reference(extractor, samples, reference)
+    results: dict[str, dict[str, Any]] = {}
+    for name in names:
+        title, better = METRICS[name]
+        title = title if extractor.is_inception else f"{STAND_IN_TITLES[name]} ({extractor.kind} features)"
+        results[extractor.metric_name(name)] = {
+            "title": title, "unit": "", "better": better, "network": extractor.provenance, "n": len(samples.pool),
+            **_compute(name, samples, reference, paired),
+        }
+    return results
+
+
+def _compute(name: str, samples: Features, reference: Reference, paired: bool) -> dict[str, Any]:
+    if name in ("rfid", "fid", "sfid"):
+        ours, theirs = (samples.spatial, reference.spatial()) if name == "sfid" else (samples.pool, reference.pool())
+        assert ours is not None      # check_metrics has seen to it
+        return frechet_json(evaluate_frechet(ours, theirs, paired=paired and isinstance(theirs, Tensor)))
+    if name == "kid":
+        theirs = reference.images("kid")
+        size = min(SUBSET_SIZE, len(samples.pool), len(theirs))
+        distance = kernel_distance(samples.pool, theirs, subset_size=size)
+        warnings = [] if size == SUBSET_SIZE else [f"subsets of {size} images: fewer than the usual {SUBSET_SIZE}"]
+        return {"value": distance.value, "uncertainty": _interval(distance.interval), "warnings": warnings,
+                "subset_std": distance.subset_std, "subsets": distance.subsets, "subset_size": size}
+    if name == "is":
+        if samples.logits is None:
+            raise InputError("the Inception Score needs class logits: this network has none")
+        score = inception_score(samples.logits)
+        return {"value": score.value, "uncertainty": _interval(score.interval), "warnings": [],
+                "splits": list(score.splits), "split_protocol": score.protocol}
+    manifolds = precision_recall(samples.pool, reference.images(name))
+    interval = manifolds.precision_interval if name == "precision" else manifolds.recall_interval
+    return {"value": getattr(manifolds, name), "uncertainty": _interval(interval), "warnings": [],
+            "k": manifolds.k, "arithmetic": manifolds.arithmetic}
+
+
+def _interval(interval: Interval | None) -> dict[str, Any] | None:
+    return None if interval is None else dict(vars(interval))
+
+
+def _check_reference(extractor: FeatureExtractor, samples: Features, reference: Reference) -> None:
+    """Statistics must have been made by this network on images resized alike; ADM's files, which say neither, fit FID's only."""
+    pairs = [(reference.statistics, samples.pool), (reference.spatial_statistics, samples.spatial)]
+    for statistics, ours in pairs:
+        if statistics is not None and ours is not None:
+            check_compatible(statistics, extractor.identifier, extractor.resize, ours.shape[1], assumed=extractor.is_inception)
