@@ -6,7 +6,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from tokenizers_lab.errors import InputError
-from tokenizers_lab.metrics import image_metrics, patch_mean, psnr, ssim
+from tokenizers_lab.metrics import IMAGE_METRICS, image_metrics, patch_mean, psnr, ssim
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,7 @@ def test_ssim_orders_and_shapes(pair):
 
 def test_half_precision_images_are_measured_in_float32(pair):
     x, y = (t.bfloat16() for t in pair)
+    assert tuple(image_metrics(x, y)) == IMAGE_METRICS
     for name, values in image_metrics(x, y).items():
         assert values.dtype == torch.float32
         assert torch.equal(values, image_metrics(x.float(), y.float())[name])

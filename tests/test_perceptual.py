@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as TF
 
 from tokenizers_lab.assets import find_state_dict
+from tokenizers_lab.data.decode import read_image
+from tokenizers_lab.data.sources import sample_path
 from tokenizers_lab.errors import ConfigError, InputError, WeightsMissing
 from tokenizers_lab.losses import perceptual
 from tokenizers_lab.losses.perceptual import LPIPS, LPIPS_ASSETS, Classifier, LogitDistance, unit
@@ -17,10 +19,9 @@ from tokenizers_lab.losses.perceptual import LPIPS, LPIPS_ASSETS, Classifier, Lo
 
 @pytest.fixture(scope="module")
 def photo():
-    """A photograph of a cat, 128 × 128."""
-    data = pytest.importorskip("skimage.data")
-    image = torch.from_numpy(data.chelsea()[22:278, 100:356]).permute(2, 0, 1)[None] / 255
-    return F.avg_pool2d(image, 2)
+    """A photograph of a cat, 144 × 144."""
+    image = read_image(sample_path("photos", "train") / "chelsea.jpg")
+    return F.avg_pool2d(TF.pil_to_tensor(image)[None] / 255, 2)
 
 
 @pytest.fixture(scope="module", params=["vgg", "alex"])

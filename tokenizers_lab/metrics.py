@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tokenizers_lab.errors import InputError
 
+IMAGE_METRICS = ("psnr", "ssim")      # what image_metrics gives
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5     # Gaussian window of Wang et al. 2004
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 
