@@ -15,20 +15,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tokenizers_lab.draw import Draw
 from tokenizers_lab.errors import CheckpointError, ConfigError
 from tokenizers_lab.registry import get_system
 
 
-class GivenDraw:
-    """Stands in for `Draw`: the values that a folder gives, by purpose. Asking for another raises KeyError, another shape ValueError."""
+class GivenDraw(Draw):
+    """Draws that return what a folder gives, by purpose. Anything else raises KeyError, another shape ValueError."""
 
     def __init__(self, given: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]):
         """names: purpose → tensors of `given` that may stand for it; the first that is there counts."""
-        self.values = {purpose: given[name] for purpose, options in names.items() for name in list(options)[::-1] if name in given}
+        super().__init__(0)
+        found = {purpose: [given[name] for name in options if name in given] for purpose, options in names.items()}
+        self.values = {purpose: values[0] for purpose, values in found.items() if values}
 
     def within(self, scope: str) -> "GivenDraw":
         """The same draws: a folder has one micro-batch."""
         return self
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Nothing is drawn here."""
+        raise KeyError(f"the folder gives values, but no generator for '{purpose}'")
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """The given values."""
@@ -148,5 +155,6 @@ def summary(checks: list[Check]) -> str:
     compared = [c for c in checks if c.verdict != "input"]
     failed = [c for c in compared if c.failed]
     worst = max((c.error for c in compared if c.error is not None), default=0.0)
-    verdict = f"{len(failed)} FAILED ({', '.join(c.name for c in failed[:5])}{', …' if len(failed) > 5 else ''})" if failed else "all match"
-    return f"{len(compared)} tensors computed and compared, {len(checks) - len(compared)} inputs: {verdict}; largest error {worst:.2g}"
+    names = ", ".join(c.name for c in failed[:5]) + (", …" if len(failed) > 5 else "")
+    verdict = f"{len(failed)} FAILED ({names})" if failed else "all match"
+    return f"{len(compared)} tensors compared, {len(checks) - len(compared)} inputs: {verdict}; largest error {worst:.2g}"

@@ -45,7 +45,7 @@ class ModelConfig:
 class TeacherConfig:
     """A frozen network whose patch features the semantic decoder predicts."""
 
-    backend: str = "transformers"     # transformers, timm, asset (a name of `toklab assets`), random (transformers config, seeded)
+    backend: str = "transformers"     # transformers, timm, asset (see `toklab assets`), random (transformers config, seeded)
     source: str = "facebook/dinov3-vitl16-pretrain-lvd1689m"   # hub id, local path, timm name or asset name
     input_size: int = 0               # pixels a side given to the network; 0: as published for this kind of teacher
     config: dict[str, str] = field(default_factory=dict)       # backend random: the network's config
@@ -86,7 +86,7 @@ def check_model(cfg: ModelConfig, where: str = "model") -> None:
 def check_vit(cfg: ViTConfig, where: str) -> None:
     """Raise ConfigError unless heads divide the width into parts that rotary positions of two axes fit into."""
     if min(cfg.width, cfg.depth, cfg.heads) < 1 or cfg.width % (4 * cfg.heads):
-        raise ConfigError(f"{where}.width {cfg.width} must be a multiple of 4 × {where}.heads ({cfg.heads}), and depth at least 1")
+        raise ConfigError(f"{where}.width {cfg.width} must be a multiple of 4 × heads ({cfg.heads}), and depth at least 1")
 
 
 def check_objective(cfg: ObjectiveConfig, where: str = "objective") -> None:

@@ -196,7 +196,7 @@ def infer_vit(state: Mapping[str, Tensor], prefix: str, named: ViTConfig | None)
     width = state[prefix + "ln_pre.weight"].shape[0]
     found = named or next((size for size in OFFICIAL_SIZES.values() if size.width == width), None)
     if found is None:
-        raise ConfigError(f"{prefix[:-1]} is {width} wide, which is in no table of the authors: give their config with model_sizes")
+        raise ConfigError(f"{prefix[:-1]} is {width} wide, no size in the authors' table: give their config with model_sizes")
     return found
 
 

@@ -153,7 +153,8 @@ class SemanticMLP(nn.Module):
 
     def __init__(self, latent_channels: int, width_out: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(latent_channels, 4 * latent_channels), nn.GELU(), nn.Linear(4 * latent_channels, width_out))
+        hidden = 4 * latent_channels
+        self.mlp = nn.Sequential(nn.Linear(latent_channels, hidden), nn.GELU(), nn.Linear(hidden, width_out))
 
     def forward(self, latents: Tensor, grid: tuple[int, int], mask: TokenMask | None = None) -> Tensor:
         """latents: (B, N, C) of all tokens in image order. Returns features (B, N, width_out). Raises InputError with a mask."""

@@ -93,7 +93,8 @@ class RecTokObjective(Objective):
 
     def provenance(self) -> dict[str, str]:
         """Where teachers and perceptual networks come from."""
-        found = {f"teacher.{name}": self.teacher(name).provenance for name in self.cfg.teachers if f"teacher_{name}" in self.frozen}
+        built = [name for name in self.cfg.teachers if f"teacher_{name}" in self.frozen]
+        found = {f"teacher.{name}": str(self.teacher(name).provenance) for name in built}
         found |= {name: str(self.frozen[name].provenance) for name in ("lpips", "logits") if name in self.frozen}
         if "logits" in found and self.cfg.logits_network == "teacher":
             found["logits"] = f"stands in for ConvNeXt-S: {found['logits']}"

@@ -39,12 +39,15 @@ def compute(folder: Path, given: dict[str, Tensor]) -> dict[str, Tensor]:
     check_arguments(config["constructor_args"], converted.model)
     tokenizer = RecTok(converted.model)
     load_weights(tokenizer, converted.tokenizer, "weights.safetensors")
-    tokenizer.set_latent_statistics(given["stats.mean"].flatten(), given["stats.std"].flatten())
+    statistics = [given[name].flatten().expand(converted.model.latent_channels) for name in ("stats.mean", "stats.std")]
+    tokenizer.set_latent_statistics(*statistics)
     objective = build_objective(folder, config, converted)
     images = to_unit(given["x"])
     result = inference(tokenizer.eval(), images)
     result |= decoders(tokenizer, objective, given["z"])
-    result |= training(tokenizer.train(), objective.train(), images, GivenDraw(given, DRAWS), config["loss"])
+    tokenizer.train()
+    objective.train()
+    result |= training(tokenizer, objective, images, GivenDraw(given, DRAWS), config["loss"])
     return result
 
 
@@ -95,8 +98,9 @@ def build_objective(folder: Path, config: dict[str, Any], converted: Converted) 
     )
     load_weights(objective.heads, converted.heads, "weights.safetensors")
     objective.frozen.update({f"teacher_{name}": network for name, network in networks.items()})
-    if (folder / "discriminator.safetensors").exists():
-        load_weights(objective.discriminators["patchgan"], read_weights(folder / "discriminator.safetensors"), "discriminator.safetensors")
+    judge = folder / "discriminator.safetensors"
+    if judge.exists():
+        load_weights(objective.discriminators["patchgan"], read_weights(judge), judge.name)
     return objective
 
 
@@ -106,7 +110,7 @@ def teachers(folder: Path, config: dict[str, Any], names: list[str]) -> dict[str
 
     from tokenizers_lab.teachers.vision import VisionTeacher
 
-    described = config.get("teachers") or {name: config["teacher"] for name in names}
+    described = config.get("teachers") or dict.fromkeys(names, config["teacher"])
     if names and described.keys() != set(names):
         raise ConfigError(f"config.json describes the teachers {sorted(described)}, the weights have decoders for {names}")
     if "teachers" not in config and len(names) > 1:
@@ -159,8 +163,10 @@ def decoders(tokenizer: RecTok, objective: RecTokObjective, latents: Tensor) -> 
 
 def by_teacher(name: str, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """A tensor of each teacher: under its plain name where there is one teacher, else with the teacher's name behind it."""
-    plain = {name: value for value in values.values()} if len(values) == 1 else {}
-    return plain | {f"{name}.{teacher}": value for teacher, value in values.items()}
+    result = {f"{name}.{teacher}": value for teacher, value in values.items()}
+    if len(values) == 1:
+        result[name] = next(iter(values.values()))
+    return result
 
 
 def training(
