@@ -1,15 +1,18 @@
-"""The toy system, registered for these tests alone."""
+"""The toy system, registered for the tests that ask for it."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
-import toy
+from toy import SYSTEM, Toy, ToyConfig, pictures
 
 from tokenizers_lab import registry
 
 
 @pytest.fixture
 def toy_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "systems", lambda: {"toy": toy.SYSTEM})
+    """As another package's entry point would register it."""
+    monkeypatch.setattr(registry, "entry_points", lambda group: [SimpleNamespace(name="toy", load=lambda: SYSTEM)])
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -18,6 +21,6 @@ def one_thread() -> None:
 
 
 @pytest.fixture
-def fitted() -> toy.Toy:
+def fitted() -> Toy:
     torch.manual_seed(0)
-    return toy.Toy(toy.ToyConfig()).fit(toy.pictures(16)).eval()
+    return Toy(ToyConfig()).fit(pictures(16)).eval()

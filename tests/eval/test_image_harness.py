@@ -45,14 +45,15 @@ def test_any_batch_size_gives_the_same_bytes(fitted, sample):
 
 def test_two_processes_give_the_same_bytes_as_one(fitted, tmp_path):
     program = Path(__file__).with_name("evaluate_in_processes.py")
-    started = [subprocess.Popen([sys.executable, program, str(rank), "2", tmp_path / "store", tmp_path / "2.json"]) for rank in (0, 1)]
+    arguments = [sys.executable, program], ["2", tmp_path / "store", tmp_path / "2.json"]
+    started = [subprocess.Popen([*arguments[0], str(rank), *arguments[1]]) for rank in (0, 1)]
     try:
         assert [process.wait(timeout=180) for process in started] == [0, 0]
     finally:
         for process in started:
             process.kill()
     together = json.loads((tmp_path / "2.json").read_text())
-    alone = evaluate_images(fitted, batches(pictures(N), 4), FAST)
+    alone = evaluate_images(fitted, batches(pictures(N), 4), ("psnr",))
     assert alone["n"] == together["n"] == N
     assert values(alone) == values(together)
 
