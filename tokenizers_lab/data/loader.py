@@ -1,21 +1,19 @@
 """The doors to image data: endless training batches with their state, and ordered validation batches."""
 
 import logging
-import signal
 import time
-import warnings
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from tokenizers_lab.data.batch import ImageBatch
 from tokenizers_lab.data.decode import read_image
 from tokenizers_lab.data.fetched import Fetched
 from tokenizers_lab.data.folder import FolderBatches, FolderValidation, open_folder
+from tokenizers_lab.data.processes import Fetcher
 from tokenizers_lab.data.quarantine import Quarantine
 from tokenizers_lab.data.sampling import spread
 from tokenizers_lab.data.shards import ShardBatches, ShardValidation, fingerprint
@@ -28,16 +26,14 @@ __all__ = ["Loader", "build_loader", "fit_image", "len_samples", "read_image", "
 
 logger = logging.getLogger(__name__)
 
-SIGTERM_GRACE = 120      # seconds that a decoding process outlives a SIGTERM, so that the step in progress can end
 WORTH_WORKERS = 128      # validation images below which starting processes costs more than it saves
 
 
 class Loader:
     """Yields (ImageBatch, state) for ever. `state` is JSON-able; build_loader continues after that batch when it is given."""
 
-    def __init__(self, batches: DataLoader, quarantine: Quarantine, state: dict[str, Any]):
-        self._source, self._quarantine, self._state = batches, quarantine, state
-        self._iterator: Iterator[Fetched] | None = None
+    def __init__(self, fetcher: Fetcher, quarantine: Quarantine, state: dict[str, Any]):
+        self._fetcher, self._quarantine, self._state = fetcher, quarantine, state
         self._waited = 0.0
 
     def __iter__(self) -> "Loader":
@@ -46,10 +42,14 @@ class Loader:
     def __next__(self) -> tuple[ImageBatch, dict[str, Any]]:
         """The next batch. Raises DataError if the data ends the run."""
         begin = time.perf_counter()
-        fetched = self._fetch()
-        self._quarantine.count(len(fetched.keys), fetched.bad)
-        if fetched.error:
-            raise DataError(fetched.error)
+        fetched = next(self._fetcher)
+        try:
+            self._quarantine.count(len(fetched.keys), fetched.bad)
+            if fetched.error:
+                raise DataError(fetched.error)
+        except DataError:
+            self.close()
+            raise
         self._advance(fetched)
         batch = fetched.batch()
         self._waited += time.perf_counter() - begin
@@ -62,13 +62,7 @@ class Loader:
 
     def close(self) -> None:
         """End the decoding processes."""
-        self._iterator = None
-        self._source = None   # type: ignore[assignment]
-
-    def _fetch(self) -> Fetched:
-        if self._iterator is None:
-            self._iterator = iter(self._source)
-        return _next(self._iterator)
+        self._fetcher.close()
 
     def _advance(self, fetched: Fetched) -> None:
         self._state.update(batches=self._state["batches"] + 1, seen=self._quarantine.seen, bad=self._quarantine.bad)
@@ -105,13 +99,13 @@ def build_loader(
         step = start_step or state.get("batches", 0)
         dataset, workers = FolderBatches(folder, cfg, batch_size, seed, rank, world), cfg.workers
         state = {**fresh, "batches": step, "seen": state.get("seen", 0), "bad": state.get("bad", 0)}
-        batches = _loader(dataset, workers, _Steps(step))
+        fetcher = Fetcher(dataset, workers, _Steps(step))
     else:
         state = _shard_state(cfg, source.shards, rank, world, start_step, state)
         positions = [list(p) for p in state["positions"]]
         dataset = ShardBatches(source.shards, cfg, batch_size, seed, rank, world, positions, state["batches"])
-        batches = _loader(dataset, min(cfg.workers, len(positions)))
-    return Loader(batches, Quarantine(quarantine, cfg.bad_fraction, state["seen"], state["bad"]), state)
+        fetcher = Fetcher(dataset, min(cfg.workers, len(positions)))
+    return Loader(fetcher, Quarantine(quarantine, cfg.bad_fraction, state["seen"], state["bad"]), state)
 
 
 def len_samples(cfg: ImageDataConfig) -> int | None:
@@ -135,20 +129,18 @@ def validation_batches(cfg: ImageDataConfig, batch_size: int, rank: int = 0, wor
         mine = spread(len(folder), cfg.val_limit)[rank::world]
         dataset = FolderValidation(folder, cfg, batch_size, mine)
         workers = min(cfg.workers, len(dataset)) if len(mine) >= WORTH_WORKERS else 0
-        return _validate(_loader(dataset, workers, range(len(dataset))))
-    return _validate(_loader(ShardValidation(source.shards, cfg, batch_size, rank, world), cfg.workers))
+        return _validate(Fetcher(dataset, workers, range(len(dataset))))
+    return _validate(Fetcher(ShardValidation(source.shards, cfg, batch_size, rank, world), cfg.workers))
 
 
-def _validate(batches: DataLoader) -> Iterator[ImageBatch]:
-    iterator = iter(batches)
-    while True:
-        try:
-            fetched = _next(iterator)
-        except StopIteration:
-            return
-        if fetched.error:
-            raise DataError(fetched.error)
-        yield fetched.batch()
+def _validate(fetcher: Fetcher) -> Iterator[ImageBatch]:
+    try:
+        for fetched in fetcher:
+            if fetched.error:
+                raise DataError(fetched.error)
+            yield fetched.batch()
+    finally:
+        fetcher.close()
 
 
 def _shard_state(
@@ -204,46 +196,3 @@ class _Steps:
 
     def __iter__(self) -> Iterator[int]:
         return count(self.start)
-
-
-def _loader(dataset: Dataset, workers: int, sampler: Any = None) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_size=None,   # the data sets make whole batches
-        sampler=sampler,
-        num_workers=workers,
-        collate_fn=_as_is,   # type: ignore[arg-type]
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=2 if workers else None,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),   # else it would draw from the global one
-    )
-
-
-def _as_is(fetched: Fetched) -> Fetched:
-    return fetched
-
-
-def _next(iterator: Iterator[Fetched]) -> Fetched:
-    try:
-        return next(iterator)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            "a decoding process died, mostly for lack of memory or of shared memory (/dev/shm); "
-            f"lower data.workers or data.shuffle_buffer ({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _linger(*_: Any) -> None:
-    """The first SIGTERM may come from a scheduler, which sends it to all processes at once; the next one ends this one."""
-    signal.alarm(SIGTERM_GRACE)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _start_worker(worker: int) -> None:
-    """Signals are for the training process, which saves at the next step and needs its data until then."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _linger)
-    warnings.filterwarnings("ignore", module="PIL")   # remarks on odd metadata would tear the progress bar
