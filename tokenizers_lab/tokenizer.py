@@ -27,6 +27,13 @@ class ImageEncoding:
     codes: Tensor | None = None       # (B, K, h, w) int64
     posterior: Any = None             # distribution over un-normalised latents, where the system has one
 
+    @property
+    def code(self) -> Tensor:
+        """What `decode` takes: the latents, or the codes where there are no latents."""
+        code = self.codes if self.latents is None else self.latents
+        assert code is not None
+        return code
+
 
 class Tokenizer(nn.Module):
     """The network that ships. A subclass sets `system` and builds itself from its model config alone."""
@@ -90,8 +97,7 @@ class ImageTokenizer(Tokenizer):
     @torch.inference_mode()
     def reconstruct(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """decode(encode(images)) in eval mode."""
-        encoding = self.encode(images, generator=generator)
-        return self.decode(encoding.codes if encoding.latents is None else encoding.latents, generator=generator)
+        return self.decode(self.encode(images, generator=generator).code, generator=generator)
 
     def check_images(self, images: Tensor) -> None:
         """Raise InputError unless images are finite floats (B, 3, H, W) in [0, 1], H and W multiples of `downsample`."""

@@ -46,7 +46,8 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
     run, checkpoint = run_parts.prepare_run_folder(cfg, resume, main=rank == 0)
     agree(True)      # all ranks have looked before rank 0 writes
     nets = run_parts.build_networks(cfg, device)
-    state, saved_optimizers, data_state = State(), {}, None
+    state, data_state = State(), None
+    saved_optimizers: dict[str, Any] = {}
     if checkpoint is not None:
         state, saved_optimizers, data_state = run_parts.read_checkpoint(checkpoint, nets, accelerator)
     saved_step = state.step if checkpoint is not None else -1
@@ -174,8 +175,8 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                     update_ema(nets.ema, nets.tokenizer, cfg.train.ema)
                 else:
                     state.strikes += 1
-                    for target, source in zip(nets.buffers(), before):
-                        target.copy_(source)
+                    for buffer, old in zip(nets.buffers(), before):
+                        buffer.copy_(old)
                     kept = run_parts.save_bad_batches(run, state.step, rank, taken)
                     tracker.say(f"step {state.step}: a loss or gradient is not finite; no update; the batch is kept in {kept}")
                     if state.strikes >= cfg.train.max_strikes:
@@ -195,7 +196,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                     record = dict(zip(means, row))
                     seconds = time.monotonic() - interval_began
                     speed = interval_steps * cfg.train.batch_size / seconds
-                    waiting = loader.take_wait_seconds() / seconds
+                    waiting = loader.wait_seconds() / seconds
                     record |= {"lr": lr, "samples_per_second": speed, "waiting": waiting}
                     tracker.log(state.step, stage.name, "train", record)
                     note = f"loss {record['loss']:.4f}  {speed:.1f}/s  data {waiting:.0%}"

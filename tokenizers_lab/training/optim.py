@@ -19,7 +19,7 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], cfg: OptimizerCon
         {"params": [p for (_, p), skip in zip(trained, plain) if skip], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
-    return torch.optim.AdamW(groups, lr=0.0, betas=tuple(cfg.betas), eps=cfg.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -19,7 +19,7 @@ from tokenizers_lab.config import load_config, save_config
 from tokenizers_lab.data.loader import len_samples, validation_batches
 from tokenizers_lab.draw import stable_seed
 from tokenizers_lab.errors import CheckpointError, ConfigError, TrainingError
-from tokenizers_lab.metrics import image_metrics
+from tokenizers_lab.metrics import IMAGE_METRICS, image_metrics
 from tokenizers_lab.registry import get_system
 from tokenizers_lab.settings import RunConfig, StageConfig
 from tokenizers_lab.tokenizer import Tokenizer, load_weights, read_weights, write_tokenizer_files
@@ -120,7 +120,7 @@ def build_networks(cfg: RunConfig, device: torch.device) -> Networks:
     torch.manual_seed(stable_seed(cfg.train.seed, "init") % 2**63)
     tokenizer = system.resolve("tokenizer")(cfg.model)
     objective = system.resolve("objective")(cfg.objective, cfg.model)
-    initial = {}
+    initial: dict[str, dict[str, Tensor]] = {}
     networks = Networks(tokenizer, tokenizer, objective, initial)
     for part in {name for stage in cfg.stages for name in stage.fresh}:
         initial[part] = {k: v.clone() for k, v in networks.part(part).state_dict().items()}
@@ -263,7 +263,8 @@ def save_bad_batches(run: Path, step: int, rank: int, batches: list[Any]) -> Pat
     """Keep the inputs of a non-finite step for inspection: tensors as safetensors, the samples' keys in its header."""
     folder = run / "nonfinite"
     folder.mkdir(exist_ok=True)
-    tensors, keys = {}, []
+    tensors: dict[str, Tensor] = {}
+    keys: list[str] = []
     for number, batch in enumerate(batches):
         keys += batch.keys
         tensors |= {f"{number}.{k}": v.cpu() for k, v in vars(batch).items() if isinstance(v, Tensor)}
@@ -276,20 +277,15 @@ def save_bad_batches(run: Path, step: int, rank: int, batches: list[Any]) -> Pat
 @torch.no_grad()
 def validate(ema: Tokenizer, cfg: RunConfig, accelerator: Accelerator, stop: StopFlag) -> dict[str, float] | None:
     """Held-out means of the metrics with the EMA weights, each sample once over all ranks. None if a signal came."""
-    sums: dict[str, Tensor] = {}
-    count = 0
+    sums = torch.zeros(len(IMAGE_METRICS) + 2, dtype=torch.float64)      # the metrics, the images, the signal
     micro_batch = max(cfg.train.batch_size // (cfg.train.accumulate * accelerator.num_processes), 1)
     for batch in validation_batches(cfg.data, micro_batch, accelerator.process_index, accelerator.num_processes):
         if stop.raised:
             break
         images = batch.images.to(accelerator.device)
-        for name, values in image_metrics(images, ema.reconstruct(images)).items():
-            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + values.double().sum().cpu()
-        count += len(batch)
-    names = sorted(image_metrics(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)))      # a rank may have had no batch
-    row = torch.stack([*(sums.get(n, torch.zeros((), dtype=torch.float64)) for n in names),
-                       torch.tensor(float(count), dtype=torch.float64), torch.tensor(float(stop.raised), dtype=torch.float64)])
-    total = accelerator.reduce(row.to(accelerator.device), "sum").cpu()
-    if total[-1] > 0:
-        return None
-    return {name: (total[i] / total[-2]).item() for i, name in enumerate(names)}
+        values = image_metrics(images, ema.reconstruct(images))
+        sums[:-2] += torch.stack([values[name].double().sum().cpu() for name in IMAGE_METRICS])
+        sums[-2] += len(batch)
+    sums[-1] = stop.raised
+    *totals, count, signals = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
+    return None if signals else {name: total / count for name, total in zip(IMAGE_METRICS, totals)}
