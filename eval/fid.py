@@ -38,8 +38,11 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
     """
     _check_widths(first, second)
     with one_thread():
-        factor = _factor(first.covariance)
-    inner = _inner(factor, second.covariance)
+        if first.factor is None and second.factor is not None:
+            factor, other = second.factor, first
+        else:
+            factor, other = _factor(first), second
+    inner = _inner(factor, other.covariance)
     with one_thread():
         roots = torch.linalg.eigvalsh(inner).clamp_min(0).sqrt()
         difference = first.mean - second.mean
@@ -52,8 +55,12 @@ def _check_widths(first: Statistics, second: Statistics) -> None:
         raise InputError(f"the two sets have {first.width} and {second.width} features: they come from different networks")
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """F with F Fᵀ = covariance: Cholesky's, four times as fast, or by eigenvalues where the matrix is (nearly) singular."""
+def _factor(statistics: Statistics) -> Tensor:
+    """F with F Fᵀ = covariance: the centred samples if they are few; Cholesky's, four times as fast as by eigenvalues, which
+    serve where the matrix is (nearly) singular."""
+    if statistics.factor is not None:
+        return statistics.factor
+    covariance = statistics.covariance
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if not failed and float(factor.diagonal().min()) ** 2 > PIVOT * float(covariance.diagonal().max()):
         return factor
@@ -63,7 +70,7 @@ def _factor(covariance: Tensor) -> Tensor:
 
 def _inner(factor: Tensor, covariance: Tensor) -> Tensor:
     """Fᵀ S F, symmetric to the last bit; the columns of the products are fixed blocks, so that all cores help."""
-    width = len(covariance)
+    width = factor.shape[1]
     right = torch.cat(list(map_in_order(lambda columns: covariance @ columns, factor.split(max(1, width // 8), dim=1))), dim=1)
     inner = torch.cat(list(map_in_order(lambda columns: factor.T @ columns, right.split(max(1, width // 8), dim=1))), dim=1)
     return (inner + inner.T) / 2

@@ -33,6 +33,7 @@ class Statistics:
     covariance: Tensor                        # (D, D) float64, unbiased
     n: int | None                             # number of samples; None: the file does not say
     source: dict[str, Any] = field(default_factory=dict)     # extractor, resize, content hash, … where known
+    factor: Tensor | None = None              # (D, n) with factor · factorᵀ = covariance, of samples no more than features
 
     @property
     def width(self) -> int:
@@ -90,7 +91,8 @@ def compute_statistics(features: Tensor, source: Mapping[str, Any] | None = None
         products_sum += part
     upper = products_sum.triu()
     covariance = (upper + upper.triu(1).T) / (n - 1)
-    return Statistics(mean, covariance, n, dict(source or {}))
+    factor = (features.double() - mean).T / (n - 1) ** 0.5 if n <= width else None
+    return Statistics(mean, covariance, n, dict(source or {}), factor)
 
 
 # Files
@@ -211,6 +213,6 @@ def cached_statistics(
     statistics, spatial = compute()
     for one in (statistics, spatial):
         if one is not None:
-            one.source = dict(source)
+            one.source, one.factor = dict(source), None      # as it will be read: a distance's last digits must not change
     save_statistics(path, statistics, spatial)
     return statistics, spatial, False
