@@ -1,0 +1,199 @@
+"""Exported tokenizers: run where this package cannot be imported, and by onnxruntime, with the tokenizer's own outputs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tokenizers_lab.cli.main import call
+from tokenizers_lab.config import load_config
+from tokenizers_lab.errors import InputError, TokenizersLabError
+from tokenizers_lab.export import export_tokenizer
+from tokenizers_lab.hub import build_tokenizer
+from tokenizers_lab.registry import systems
+from tokenizers_lab.tokenizer import ImageEncoding, ImageTokenizer, Tokenizer
+
+IMAGE_SYSTEMS = [name for name, system in systems().items() if system.kind == "image"]
+NO_ONNX: dict[str, str] = {}      # system: what ONNX cannot express of it
+BATCHES = (1, 2, 5)
+
+# Reads inputs, runs the programs, writes outputs; importing this package is refused.
+ALONE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "tokenizers_lab":
+            raise ImportError(f"{name} was imported")
+
+sys.meta_path.insert(0, Refuse())
+import torch
+from safetensors.torch import load_file, save_file
+
+torch.set_num_threads(1)
+folder = sys.argv[1]
+encode, decode = (torch.export.load(f"{folder}/{part}.pt2").module() for part in ("encode", "decode"))
+made = {}
+with torch.no_grad():
+    for name, images in load_file(f"{folder}/inputs.safetensors").items():
+        torch.manual_seed(0)
+        made[f"{name}.stored"] = stored = encode(images)
+        torch.manual_seed(0)
+        made[f"{name}.images"] = decode(stored)
+save_file({k: v.contiguous() for k, v in made.items()}, f"{folder}/outputs.safetensors")
+assert not any(name.partition(".")[0] == "tokenizers_lab" for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(system: str) -> ImageTokenizer:
+    """The system's tiny model, one block deep where it has depths, with latent statistics where it has them."""
+    cfg = load_config(f"{system}/tiny")
+    for part in vars(cfg.model).values():
+        if isinstance(getattr(part, "depth", None), int):
+            part.depth = 1
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(system, cfg.model).eval()
+    if hasattr(tokenizer, "latent_mean"):
+        tokenizer.latent_mean.normal_(0, 0.3)
+        tokenizer.latent_std.uniform_(0.5, 2)
+    return tokenizer
+
+
+def expected(tokenizer: ImageTokenizer, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(latents or codes, images of them)."""
+    with torch.no_grad():
+        torch.manual_seed(0)
+        encoding = tokenizer.encode(images)
+        stored = encoding.codes if encoding.latents is None else encoding.latents
+        torch.manual_seed(0)
+        return stored, tokenizer.decode(stored)
+
+
+@pytest.mark.parametrize("system", IMAGE_SYSTEMS)
+def test_runs_without_this_package(system, tmp_path):
+    tokenizer = tiny(system)
+    about = export_tokenizer(tokenizer, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["decode.pt2", "encode.pt2", "export.json"]
+    inputs = {str(n): torch.rand(n, *about["encode"]["input"]["shape"][1:]) for n in BATCHES}
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    subprocess.run([sys.executable, "-I", "-c", ALONE, tmp_path], check=True, timeout=300)
+    outputs = load_file(tmp_path / "outputs.safetensors")
+    for name, images in inputs.items():
+        stored, decoded = expected(tokenizer, images)
+        assert torch.allclose(outputs[f"{name}.stored"].double(), stored.double(), atol=1e-5, rtol=0)
+        assert torch.allclose(outputs[f"{name}.images"], decoded, atol=1e-5, rtol=0)
+        assert decoded.std() > 0 and stored.double().std() > 0
+        assert list(stored.shape[1:]) == about["encode"]["output"]["shape"][1:] == about["decode"]["input"]["shape"][1:]
+    assert json.loads((tmp_path / "export.json").read_text()) == about
+
+
+@pytest.mark.parametrize("system", [s for s in IMAGE_SYSTEMS if s not in NO_ONNX])
+def test_onnx(system, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    tokenizer = tiny(system)
+    about = export_tokenizer(tokenizer, tmp_path, onnx=True)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+
+    def run(part: str, given: torch.Tensor) -> torch.Tensor:
+        session = onnxruntime.InferenceSession(str(tmp_path / about[part]["files"]["onnx"]), options, ["CPUExecutionProvider"])
+        assert session.get_inputs()[0].shape == about[part]["input"]["shape"]
+        return torch.from_numpy(session.run([about[part]["output"]["name"]], {about[part]["input"]["name"]: given.numpy()})[0])
+
+    for n in BATCHES:
+        images = torch.rand(n, *about["encode"]["input"]["shape"][1:])
+        stored, decoded = expected(tokenizer, images)
+        assert torch.allclose(run("encode", images).double(), stored.double(), atol=1e-4, rtol=0)
+        if not about["decode"]["stochastic"]:
+            assert torch.allclose(run("decode", stored), decoded, atol=1e-4, rtol=0)
+
+
+class Toy(ImageTokenizer):
+    """Pixels as latents: one weight for encoding, one for decoding, and some that nothing uses."""
+
+    system, downsample = "toy", 1
+
+    def __init__(self):
+        super().__init__(object())
+        self.up, self.down = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(0.5))
+        self.unused = nn.Parameter(torch.zeros(1_000_000))
+
+    def encode(self, images, sample=False, generator=None):
+        self.check_images(images)
+        return ImageEncoding(latents=images * self.up)
+
+    def decode(self, latents, generator=None):
+        return latents * self.down
+
+
+def test_file_has_only_what_it_runs(tmp_path):
+    tokenizer = Toy().train()
+    export_tokenizer(tokenizer, tmp_path, size=8)
+    for part, weight in (("encode", "tokenizer.up"), ("decode", "tokenizer.down")):
+        file = tmp_path / f"{part}.pt2"
+        assert list(torch.export.load(file).state_dict) == [weight] and file.stat().st_size < 100_000
+        assert os.fsencode(os.path.dirname(__file__)) not in file.read_bytes()      # no path of this machine
+    assert tokenizer.training and tokenizer.up.requires_grad      # left as it was
+
+
+def test_stochastic_decoder_draws_from_the_global_generator(tmp_path):
+    class Noisy(Toy):
+        def decode(self, latents, generator=None):
+            return latents * self.down + 0.1 * torch.randn(latents.shape, generator=generator)
+
+    tokenizer = Noisy()
+    about = export_tokenizer(tokenizer, tmp_path, size=8)
+    assert about["decode"]["stochastic"] and not about["encode"]["stochastic"]
+    latents, program = torch.rand(3, 3, 8, 8), torch.export.load(tmp_path / "decode.pt2").module()
+    torch.manual_seed(5)
+    wanted = tokenizer.decode(latents)
+    torch.manual_seed(5)
+    made = program(latents)
+    assert torch.equal(made, wanted) and not torch.equal(program(latents), made)
+
+
+def test_refusals(tmp_path):
+    class Branches(Toy):      # decides by values, which no graph can
+        def encode(self, images, sample=False, generator=None):
+            return ImageEncoding(latents=images * self.up if images.mean() > 0.4 else images)
+
+    class FixedBatch(Toy):      # forgets that there are batches of other sizes
+        def encode(self, images, sample=False, generator=None):
+            return ImageEncoding(latents=images[:2] * torch.ones(2, 1, 1, 1))
+
+    class Speech(Tokenizer):
+        system = "toy-speech"
+
+    with pytest.raises(TokenizersLabError, match=r"toy: torch\.export cannot express encode"):
+        export_tokenizer(Branches(), tmp_path / "branches", size=8)
+    with pytest.raises(TokenizersLabError, match="toy: "):
+        export_tokenizer(FixedBatch(), tmp_path / "batch", size=8)
+    with pytest.raises(InputError, match="toy-speech tokenizer cannot be exported yet"):
+        export_tokenizer(Speech(object()), tmp_path / "speech")
+    with pytest.raises(InputError, match="multiples of 8, not \\(60, 60\\)"):
+        export_tokenizer(tiny("rectok"), tmp_path / "size", size=60)
+    assert not list(tmp_path.glob("*/.exporting-*"))
+
+
+def test_command(tmp_path, capsys):
+    tokenizer = tiny("rectok")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert call(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--size", "32"]) == 0
+    assert "images batch × 3 × 32 × 32 -> latents batch × 32 × 4 × 4" in capsys.readouterr().out
+    images = torch.rand(2, 3, 32, 32)
+    program = torch.export.load(tmp_path / "out" / "encode.pt2").module()
+    assert torch.allclose(program(images), expected(tokenizer, images)[0], atol=1e-5)
