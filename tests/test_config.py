@@ -133,7 +133,7 @@ STAGE = "stages:\n- name: q\n  steps: 3\n  weights: {mse: 1}\n"
     (STAGE.replace("- name: q\n  steps", "- steps"), 0, "stages.0.name: needs a value"),
     (STAGE + "  starts:\n    mae: 2\n", 7, "stages.0.starts.mae: the stage has no weight for 'mae'; nearest: 'mse'"),
     (STAGE + "  schedule: cosin\n", 6, "stages.0.schedule must be one of cosine, constant; not 'cosin'; nearest: 'cosine'"),
-    (STAGE + "  warmup: 4\n", 6, "stages.0.warmup: 4 is longer than the stage, 3"),
+    (STAGE + "  warmup: -1\n", 6, "stages.0.warmup must not be negative, but is -1.0"),
     (STAGE + "  parts: [encoder, '']\n", 6, "stages.0.parts.1: an empty name"),
     (STAGE + "  objective:\n    gama: 0\n", 7, "stages.0.objective has no option 'gama'; nearest: 'gamma'"),
     (STAGE + "  objective:\n    gamma: x\n",

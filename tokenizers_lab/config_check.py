@@ -105,10 +105,8 @@ def check_stage(stage: StageConfig, path: str, origins: Origins) -> None:
 
     if stage.steps is not None and stage.epochs is not None:
         refuse("", f"stage '{stage.name}' has its length in both steps and epochs; give one")
-    length = stage.steps if stage.steps is not None else stage.epochs
-    if length is None:
+    if stage.steps is None and stage.epochs is None:
         refuse("", f"stage '{stage.name}' needs its length in steps or epochs")
-    assert length is not None
     for option in ("parts", "fresh"):
         for i, part in enumerate(getattr(stage, option)):
             if not part.strip():
@@ -123,7 +121,5 @@ def check_stage(stage: StageConfig, path: str, origins: Origins) -> None:
             refuse(f"starts.{term}", f"the stage has no weight for '{term}'{hint(term, stage.weights)}")
         if not start >= 0:
             refuse(f"starts.{term}", f"must not be negative, but is {start}")
-    if stage.warmup > length:
-        refuse("warmup", f"{stage.warmup:g} is longer than the stage, {length:g}")
     if stage.min_lr > stage.lr:
         refuse("min_lr", f"{stage.min_lr:g} is above lr {stage.lr:g}")

@@ -27,8 +27,10 @@ from tokenizers_lab.registry import System, get_system, systems
 from tokenizers_lab.tokenizer import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Tokenizer, load_weights, read_config, read_weights
 from tokenizers_lab.training.checkpoint import MANIFEST, list_checkpoints, load_torch, newest_checkpoint
 
-__all__ = ["OfficialWeights", "build_from_dict", "build_tokenizer", "convert_official", "load", "model_card", "push", "resolve_folder",
-           "save_official", "weights_sha256"]
+__all__ = [
+    "OfficialWeights", "build_from_dict", "build_tokenizer", "convert_official", "load", "model_card", "push", "resolve_folder",
+    "save_official", "weights_sha256",
+]
 
 HEADS_FILE = "heads.safetensors"      # the objective's heads of converted weights, where the authors released them
 OFFICIAL_ENV = "TOKENIZERS_LAB_OFFICIAL"
@@ -78,18 +80,22 @@ def resolve_folder(name: str | os.PathLike[str], path: str | os.PathLike[str] | 
 
 
 def build_tokenizer(system: str, model_cfg: Any) -> Tokenizer:
-    """A new tokenizer of that system with random weights; works under `torch.device("meta")`. Global random state is kept."""
-    with torch.random.fork_rng(devices=[]):
-        return get_system(system).resolve("tokenizer")(model_cfg)
+    """A new tokenizer of that system with random weights; works under `torch.device("meta")`."""
+    return get_system(system).resolve("tokenizer")(model_cfg)
 
 
 def build_from_dict(system: str, model: dict[str, Any], source: str = "config.json") -> Tokenizer:
-    """A tokenizer from the `system` and `model` of a saved config.json. Raises CheckpointError naming `source`."""
+    """A tokenizer from the `system` and `model` of a saved config.json. Raises CheckpointError naming `source`.
+
+    Its first weights are about to be overwritten: global random state is left as it was.
+    """
     known = systems()
     if system not in known:
         raise CheckpointError(f"{source} is of the system '{system}', which is not installed here; there are: {', '.join(known)}")
     try:
-        return build_tokenizer(system, override_objective(known[system].resolve("model_config")(), model, "model"))
+        cfg = override_objective(known[system].resolve("model_config")(), model, "model")
+        with torch.random.fork_rng(devices=[]):
+            return build_tokenizer(system, cfg)
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from error
 
@@ -152,10 +158,9 @@ def convert_official(system: str, file: str | os.PathLike[str], config: dict[str
     config: the authors' constructor arguments, for sizes that they did not release. Raises CheckpointError on any key that is
     missing, left over or of another shape, and on a pickle that holds more than tensors.
     """
-    path = Path(file)
+    path, module = Path(file), _convert_module(get_system(system))
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
-    module = _convert_module(get_system(system))
     state = read_weights(path) if path.suffix == ".safetensors" else load_torch(path)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds no state dict")
