@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tokenizers_lab.errors import InputError, TokenizersLabError
 from tokenizers_lab.tokenizer import ImageTokenizer, Tokenizer
@@ -98,7 +99,7 @@ def export_part(
     batch = torch.export.Dim("batch", min=1)
     try:
         # two items to trace, three to check: a batch size that got fixed on the way is found out
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), GlobalGenerator():
             program = torch.export.export(module, (example[:2],), dynamic_shapes=({0: batch},))
     except Exception as error:      # dynamo raises many kinds
         raise TokenizersLabError(f"{system}: torch.export cannot express {part}: {first_line(error)}") from error
@@ -160,6 +161,13 @@ def describe_tensor(name: str, example: Tensor) -> dict[str, Any]:
     """Name, shape, type and, of images, the range of an input or output."""
     about = {"name": name, "shape": ["batch", *example.shape[1:]], "dtype": str(example.dtype).removeprefix("torch.")}
     return about | ({"range": [0, 1]} if name == "images" else {})
+
+
+class GlobalGenerator(TorchFunctionMode):
+    """Leaves `generator=None` out of calls: with it, torch's random functions refuse a batch size that is a symbol."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **{k: v for k, v in (kwargs or {}).items() if k != "generator" or v is not None})
 
 
 @contextmanager
