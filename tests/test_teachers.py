@@ -118,10 +118,11 @@ def test_dinov2_is_given_what_timms_eval_transform_gives():
     assert torch.allclose(pixel_values(x, (56, 56), PREPROCESSING["dinov2"]), wanted, atol=1e-5)
 
 
-def test_preprocessing_ignores_autocast(images):
+def test_preprocessing_is_float32_under_autocast(images):
     wanted = pixel_values(images, (40, 40), PREPROCESSING["dinov3"])
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(pixel_values(images, (40, 40), PREPROCESSING["dinov3"]), wanted)
+    assert pixel_values(images.bfloat16(), (40, 40), PREPROCESSING["siglip"]).dtype == torch.float32
 
 
 # ---- every backend, from folders
@@ -245,13 +246,18 @@ def test_images_that_are_not_square(saved):
 
 def test_input_size_option(images):
     """A larger input gives the student's grid from the network itself: 64 pixels, patches of 8, 8 × 8 tokens."""
-    small = build_vision_teacher(Teacher("random", config=RANDOM_DINO))
     large = build_vision_teacher(Teacher("random", config=RANDOM_DINO, input_size=64))
     wanted = large.hidden(large.preprocess(images, 64))[:, 1:]
     assert torch.allclose(large.features(images, 8), wanted, atol=1e-6)
-    coarse = small.features(images, 4).transpose(1, 2).unflatten(2, (4, 4))
-    spread = F.interpolate(coarse, (8, 8), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
-    assert torch.allclose(small.features(images, 8), spread, atol=1e-6)
+
+
+def test_another_grid_is_interpolated():
+    """4 × 6 tokens of the teacher on a student's 8 × 12."""
+    teacher = build_vision_teacher(Teacher("random", config=RANDOM_DINO))
+    x = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(2))
+    own = teacher.features(x, (4, 6)).transpose(1, 2).unflatten(2, (4, 6))
+    spread = F.interpolate(own, (8, 12), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    assert torch.allclose(teacher.features(x, (8, 12)), spread, atol=1e-6)
 
 
 # ---- random weights and real ones

@@ -177,7 +177,7 @@ def load_in_order(network: nn.Module, state: dict[str, Tensor], source: str) -> 
 def missing_teacher(source: str, error: Exception) -> WeightsMissing:
     """One line for a teacher that is neither here nor reachable."""
     if source.startswith(("/", "~", ".")):
-        return WeightsMissing(f"there is no whole network in the folder {source}: set the teacher's `source` ({_first_line(error)})")
+        return WeightsMissing(f"the folder {source} holds no whole network: set the teacher's `source` ({_first_line(error)})")
     licence = " (accept its licence on the hub first)" if "dinov3" in source else ""
     return WeightsMissing(
         f"teacher '{source}' is not here and could not be fetched: run `hf download {source} --local-dir FOLDER` where there "

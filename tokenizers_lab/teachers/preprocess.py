@@ -56,10 +56,9 @@ def pixel_values(images: Tensor, size: tuple[int, int], spec: Preprocess) -> Ten
 
     Differentiable unless `spec.quantise`. Always float32: truncation and interpolation in bf16 would change the target.
     """
-    with torch.autocast(images.device.type, enabled=False):
-        x = to_uint8(images).float() * (1 / 255) if spec.quantise else images.float()
-        x = resize(x, (spec.detour, spec.detour) if spec.detour else size, spec.interpolation)
-        x = normalise(x, spec.mean, spec.std)
-        if tuple(x.shape[-2:]) != size:
-            x = F.interpolate(x, size, mode="bilinear", align_corners=False)
-        return x
+    x = to_uint8(images).float() * (1 / 255) if spec.quantise else images.float()
+    x = resize(x, (spec.detour, spec.detour) if spec.detour else size, spec.interpolation)
+    x = normalise(x, spec.mean, spec.std)
+    if tuple(x.shape[-2:]) != size:
+        x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+    return x
