@@ -68,7 +68,7 @@ def measure(rank: int, address: str, folder: str) -> None:
         found = {f"little-{size}": metric_bytes(rank, 2, size, little()) for size in (1, 5)}
         images = pictures(3)
         extractor = build_extractor("random")
-        real = evaluate_rfid(tokenizer(), share(images, rank, 2, 4), extractor, ["rfid", "sfid"])
+        real = evaluate_rfid(tokenizer(), share(images, rank, 2, 4), extractor, ["rfid"])
         found["inception"] = json.dumps(real["rows"][0]["metrics"], sort_keys=True)
         try:
             evaluate_rfid(tokenizer(), share(images, rank, 2, 4), little(), ["precision"])
@@ -89,7 +89,7 @@ def test_two_processes_give_the_bytes_of_one(tmp_path: Path) -> None:
     two, other = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert two == other
     assert two["little-1"] == two["little-5"] == metric_bytes(0, 1, 4, little()) == metric_bytes(0, 1, COUNT, little())
-    real = evaluate_rfid(tokenizer(), batches(pictures(3), 3), build_extractor("random"), ["rfid", "sfid"])
+    real = evaluate_rfid(tokenizer(), batches(pictures(3), 3), build_extractor("random"), ["rfid"])
     assert two["inception"] == json.dumps(real["rows"][0]["metrics"], sort_keys=True)
     assert "at least 4 points in each set, not 3" in two["error"]
     alone = reference_statistics(lambda: batches(pictures(3), 1), little(), {"hash": "x"}, folder=str(tmp_path / "own"))
