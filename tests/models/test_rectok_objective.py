@@ -90,6 +90,9 @@ def test_a_stage_may_turn_noise_and_mask_off(batch):
     assert made.mask is not None and made.time.shape == (2, 1, 1) and made.latents.shape == (2, 8, 6)
     noise = Draw(0).normal("noise", (2, 8, 6))
     torch.testing.assert_close(made.noised, (1 - made.time) * made.latents + made.time * noise)
+    objective.cfg = replace(objective.cfg, gamma=2.0)
+    louder = objective.autoencode(tokenizer, batch.images, Draw(0))
+    torch.testing.assert_close(louder.noised - made.noised, made.time * noise)
     objective.cfg = replace(objective.cfg, gamma=0.0, mask_ratio=0.0)
     made = objective.autoencode(tokenizer, batch.images, Draw(0))
     assert made.mask is None and made.time is None and made.noised is made.latents
@@ -223,6 +226,23 @@ def test_without_frozen_networks_the_teachers_widths_must_be_told():
     assert not objective.frozen and objective.provenance() == {}
     with pytest.raises(ConfigError, match="teacher_widths"):
         RecTokObjective(CONFIG, SMALL, build_frozen=False)
+
+
+def test_the_tiny_recipe_has_every_loss_with_real_networks():
+    from tokenizers_lab.config import load_config
+
+    cfg = load_config("rectok/tiny")
+    tokenizer, objective = RecTok(cfg.model).train(), RecTokObjective(cfg.objective, cfg.model).train()
+    batch = ImageBatch(torch.rand(2, 3, cfg.data.size, cfg.data.size), ["a", "b"])
+    losses = objective.generator_losses(tokenizer, batch, Draw(0), frozenset(TERMS))
+    assert set(losses.terms) == set(TERMS) and all(t.isfinite() for t in losses.terms.values())
+    for name in ("perceptual", "semantic"):
+        tokenizer.zero_grad()
+        losses.terms[name].backward(retain_graph=True)
+        assert tokenizer.encoder.embed.weight.grad.abs().sum() > 0, name
+    sources = objective.provenance()
+    assert set(sources) == {"teacher.lite0", "lpips", "logits"} and "stands in" in sources["logits"]
+    assert not any("random" in source for source in sources.values())
 
 
 @pytest.mark.parametrize(("changes", "message"), [
