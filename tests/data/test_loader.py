@@ -16,7 +16,7 @@ from data_images import data_config, jpeg, write_folder
 from tokenizers_lab.data import transforms
 from tokenizers_lab.data.decode import read_image
 from tokenizers_lab.data.loader import build_loader, fit_image, len_samples, validation_batches
-from tokenizers_lab.data.sampling import batch_positions, epoch_order, sample_index, spread
+from tokenizers_lab.data.sampling import batch_positions, epoch_order, sample_index, spread, view_numbers
 from tokenizers_lab.errors import CheckpointError, ConfigError, DataError
 
 
@@ -217,6 +217,14 @@ def test_sampling_is_a_pure_function():
     epoch_order.cache_clear()
     assert sample_index(205, 100, 1) == orders[2][5]
     assert [list(batch_positions(3, 2, rank, 2)) for rank in range(2)] == [[12, 13], [14, 15]]
+
+
+def test_view_numbers_are_uniform_and_independent():
+    numbers = np.array([view_numbers(0, p) for p in range(2000)])
+    assert numbers.min() >= 0 and numbers.max() < 1
+    assert np.abs(numbers.mean(0) - 0.5).max() < 0.03 and np.abs(numbers.var(0) - 1 / 12).max() < 0.005
+    assert np.abs(np.corrcoef(numbers.T) - np.eye(4)).max() < 0.08
+    assert view_numbers(0, 1) == view_numbers(0, 1) != view_numbers(1, 1) != view_numbers(0, 1, "a")
 
 
 def test_waiting_time_is_measured_and_reset(photos, monkeypatch):

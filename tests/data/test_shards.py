@@ -124,6 +124,14 @@ def test_labels_keys_and_images(tars):
     assert json.loads(json.dumps(state)) == state
 
 
+def test_each_epoch_and_seed_crops_anew(tmp_path):
+    write_shards(tmp_path, [1])
+    cfg = data_config(tmp_path / "0.tar", crop="random", crop_min=8, flip=False)
+    (first, _), (second, _) = take(build_loader(cfg, 1, 0), 2)
+    other, _ = next(build_loader(cfg, 1, 1))
+    assert not torch.equal(first.images, second.images) and not torch.equal(first.images, other.images)
+
+
 def test_number_of_samples_is_what_the_config_says(tars):
     assert len_samples(data_config(tars / "*.tar")) is None
     assert len_samples(data_config(tars / "*.tar", samples=32)) == 32

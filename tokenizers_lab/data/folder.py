@@ -11,10 +11,9 @@ from torch.utils.data import Dataset
 from tokenizers_lab.data.decode import EXTENSIONS, open_image
 from tokenizers_lab.data.fetched import Fetched, assemble
 from tokenizers_lab.data.quarantine import Bad
-from tokenizers_lab.data.sampling import batch_positions, sample_index, substitute_index
+from tokenizers_lab.data.sampling import batch_positions, sample_index, substitute_index, view_numbers
 from tokenizers_lab.data.sources import natural_key
 from tokenizers_lab.data.transforms import training_view, validation_view
-from tokenizers_lab.draw import Draw
 from tokenizers_lab.errors import DataError
 from tokenizers_lab.settings import ImageDataConfig
 
@@ -100,7 +99,8 @@ class FolderBatches(Dataset):
                 key = self.folder.names[index]
                 try:
                     with open_image(self.folder.root / key, self.cfg.max_pixels) as image:
-                        views.append(training_view(image, self.cfg, Draw(self.seed, step=position), str(self.folder.root / key)))
+                        numbers = view_numbers(self.seed, position)
+                        views.append(training_view(image, self.cfg, numbers, str(self.folder.root / key)))
                     break
                 except DataError as error:
                     bad.append(Bad(key, str(error)))

@@ -19,6 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tokenizers_lab.data.decode import open_image
 from tokenizers_lab.data.fetched import Fetched, assemble
 from tokenizers_lab.data.quarantine import Bad
+from tokenizers_lab.data.sampling import view_numbers
 from tokenizers_lab.data.transforms import training_view, validation_view
 from tokenizers_lab.draw import Draw
 from tokenizers_lab.errors import DataError
@@ -153,11 +154,11 @@ class ShardBatches(IterableDataset):
         in_a_row = 0
         for url, sample, position in stream.samples(*self.positions[local]):
             name = sample_name(url, sample)
-            draw = Draw(self.seed).within(f"{position[0]}/{name}")
+            numbers = view_numbers(self.seed, position[0], name)
             try:
                 label = sample_label(sample, name)
                 with open_image(sample_image(sample, name), self.cfg.max_pixels, name) as image:
-                    views.append(training_view(image, self.cfg, draw, name))
+                    views.append(training_view(image, self.cfg, numbers, name))
             except DataError as error:
                 bad.append(Bad(name, str(error)))
                 in_a_row += 1

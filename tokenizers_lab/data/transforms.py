@@ -3,9 +3,10 @@
 from PIL import Image
 
 from tokenizers_lab.data.decode import MAX_PIXELS, to_rgb, upright_size
-from tokenizers_lab.draw import Draw
 from tokenizers_lab.errors import ConfigError, DataError
 from tokenizers_lab.settings import ImageDataConfig
+
+Numbers = tuple[float, float, float, float]
 
 
 def fit_image(image: Image.Image, size: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -30,12 +31,13 @@ def validation_view(image: Image.Image, cfg: ImageDataConfig, name: str) -> Imag
     return _fit(to_rgb(image, name), cfg, name)
 
 
-def training_view(image: Image.Image, cfg: ImageDataConfig, draw: Draw, name: str) -> Image.Image:
+def training_view(image: Image.Image, cfg: ImageDataConfig, numbers: Numbers, name: str) -> Image.Image:
     """Decode, crop as cfg.crop says, and mirror an opened image (`open_image`); an RGB image of cfg.size pixels a side.
 
-    All its randomness is one draw of four numbers: side, left, top, mirror. Raises DataError if the image is damaged.
+    numbers: four uniform in [0, 1), for the crop's side, left and top, and for the mirror (`sampling.view_numbers`).
+    Raises DataError if the image is damaged.
     """
-    side, left, top, mirror = draw.uniform("view", (4,)).tolist()
+    side, left, top, mirror = numbers
     if cfg.crop == "random":
         view = _random_square(image, cfg, (side, left, top), name)
     else:
