@@ -5,8 +5,9 @@ parity function computes every tensor of io.safetensors from the rest, by the fu
 that tolerance.json names as inputs are shown to it.
 """
 
+import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +19,9 @@ from torch import Tensor
 from tokenizers_lab.draw import Draw
 from tokenizers_lab.errors import CheckpointError, ConfigError
 from tokenizers_lab.registry import get_system
+
+# Folders that are no system's: imported by name, as all harnesses are
+EVALUATORS = {"adm_evaluator": "tokenizers_lab.eval.parity_adm:compute"}
 
 
 class GivenDraw(Draw):
@@ -97,17 +101,26 @@ class Check:
         return self.verdict not in ("ok", "input")
 
 
+def parity_function(name: str) -> Callable[[Path, dict[str, Tensor]], dict[str, Tensor]]:
+    """What computes a folder's tensors: a system's function, or that of an evaluator. Raises ConfigError if there is none."""
+    if name in EVALUATORS:
+        module, _, attribute = EVALUATORS[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    found = get_system(name)
+    if found.parity is None:
+        raise ConfigError(f"the system '{name}' has no parity function")
+    return found.resolve("parity")
+
+
 def verify(system: str, folder: Path) -> list[Check]:
     """Compare every tensor of the folder's io.safetensors with what the system computes.
 
     Raises ConfigError if the system has no parity function or the folder's files do not fit, CheckpointError on damaged files.
     """
-    found = get_system(system)
-    if found.parity is None:
-        raise ConfigError(f"the system '{system}' has no parity function")
+    compute = parity_function(system)
     rules = read_rules(folder / "tolerance.json")
     given = read_tensors(folder / "io.safetensors", rules, inputs=True)
-    computed = found.resolve("parity")(folder, given)
+    computed = compute(folder, given)
     reference = read_tensors(folder / "io.safetensors", rules, inputs=False)
     checks = [Check(name, tuple(value.shape), None, 0.0, "input") for name, value in given.items()]
     checks += [compare(name, computed.get(name), value, rules.tolerance(name)) for name, value in reference.items()]

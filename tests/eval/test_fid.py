@@ -1,20 +1,17 @@
 """Fréchet distance: closed forms, torch-fidelity's arithmetic, and what its interval promises."""
 
-import json
 import math
-from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from tokenizers_lab.errors import InputError
 from tokenizers_lab.eval.fid import evaluate_frechet, frechet_distance
-from tokenizers_lab.eval.parity_adm import compute
 from tokenizers_lab.eval.statistics import Statistics, compute_statistics
+from tokenizers_lab.parity import verify
 
 PARITY = Path(__file__).parents[1] / "parity" / "adm_evaluator"
 
@@ -36,17 +33,9 @@ def torch_fidelity(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 def test_every_output_of_adms_evaluator() -> None:
-    stored = load_file(PARITY / "io.safetensors")
-    rules = json.loads((PARITY / "tolerance.json").read_text())
-    given = {name: t for name, t in stored.items() if any(fnmatch(name, pattern) for pattern in rules["inputs"])}
-    found = compute(PARITY, given)
-    assert set(found) == set(stored) - set(given)
-    for name, value in found.items():
-        reference = stored[name]
-        assert value.shape == reference.shape and value.dtype == reference.dtype, name
-        tolerance = next(tolerance for pattern, tolerance in rules["rules"] if fnmatch(name, pattern))
-        difference = (value.double() - reference.double()).abs().max() / max(1.0, float(reference.abs().max()))
-        assert difference <= tolerance, name
+    checks = verify("adm_evaluator", PARITY)
+    assert [check for check in checks if check.failed] == []
+    assert sum(check.verdict == "ok" for check in checks) == 18
 
 
 def test_closed_forms() -> None:
