@@ -10,6 +10,7 @@ from tokenizers_lab.errors import InputError, WeightsMissing
 from tokenizers_lab.metrics import psnr, ssim
 
 PSNR_CAP = 100.0     # dB, given to identical images, whose PSNR is infinite and would make every mean infinite
+MS_SSIM_SMALLEST = 160     # pixels: window 11 on the smallest of five scales (Wang et al. 2003)
 ALIASES = {"lpips": ("lpips_alex", "lpips_vgg")}
 
 
@@ -41,6 +42,18 @@ def _ssim(device: torch.device) -> PairMetric:
     return PairMetric(METRICS["ssim"], ssim)
 
 
+def _ms_ssim(device: torch.device) -> PairMetric:
+    def compute(x: Tensor, y: Tensor) -> Tensor:
+        if min(x.shape[-2:]) <= MS_SSIM_SMALLEST:
+            raise InputError(f"MS-SSIM needs more than {MS_SSIM_SMALLEST} pixels a side, not {tuple(x.shape[-2:])}")
+        from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as measure
+
+        values = [measure(a[None], b[None], data_range=1.0, normalize="relu") for a, b in zip(x.float(), y.float())]
+        return torch.stack([torch.as_tensor(v).reshape(()) for v in values])
+
+    return PairMetric(METRICS["ms_ssim"], compute)
+
+
 def _lpips(backbone: str) -> Callable[[torch.device], PairMetric]:
     def build(device: torch.device) -> PairMetric:
         from tokenizers_lab.losses.perceptual import LPIPS
@@ -54,6 +67,7 @@ def _lpips(backbone: str) -> Callable[[torch.device], PairMetric]:
 METRICS = {spec.name: spec for spec in (
     MetricSpec("psnr", "PSNR", "dB", "higher", _psnr),
     MetricSpec("ssim", "SSIM", "", "higher", _ssim),
+    MetricSpec("ms_ssim", "MS-SSIM", "", "higher", _ms_ssim),
     MetricSpec("lpips_alex", "LPIPS (AlexNet)", "", "lower", _lpips("alex")),
     MetricSpec("lpips_vgg", "LPIPS (VGG)", "", "lower", _lpips("vgg")),
 )}

@@ -6,7 +6,8 @@ Sums are streamed in float64, so that any number of images takes the memory of o
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ def collect_latent_stats(tokenizer: ImageTokenizer, batches: Iterable[ImageBatch
         if latents is None:
             raise InputError("latent statistics are for continuous latents; this tokenizer gives codes only")
         moments.add(as_vectors(latents))
-    moments = _merge_processes(moments)
+    moments = reduce(LatentMoments.merge, _all_processes(moments))
     if not moments.count:
         raise DataError("there are no images to collect latent statistics from")
     if not np.isfinite(moments.square).all():
@@ -144,78 +145,112 @@ def collect_latent_stats(tokenizer: ImageTokenizer, batches: Iterable[ImageBatch
     return mean, std
 
 
-def _merge_processes(moments: LatentMoments) -> LatentMoments:
-    """Moments over all processes."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return moments
+def _all_processes(mine: Any, together: bool = True) -> list[Any]:
+    """What each process has."""
+    if not (together and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
     shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, moments)
-    merged = LatentMoments()
-    for share in shares:
-        merged = merged.merge(share)
-    return merged
+    torch.distributed.all_gather_object(shares, mine)
+    return shares
+
+
+@dataclass
+class LatentTally:
+    """What is summed over images for `latent_statistics`."""
+
+    raw: LatentMoments = field(default_factory=LatentMoments)          # un-normalised posterior means
+    shown: LatentMoments = field(default_factory=LatentMoments)        # latents as encode gives them
+    images: int = 0
+    kl_nats: float | None = 0.0                                        # none: there is no posterior
+    counts: Counter[tuple[int, int]] = field(default_factory=Counter)  # (codebook, code): how often
+    shape: tuple[int, ...] = ()                                        # of the latents or codes of an image
+    pixels: int = 0                                                    # values of an image
+
+    def add(self, tokenizer: ImageTokenizer, images: Tensor) -> None:
+        """Encode a batch (B, 3, H, W) and add it."""
+        encoding = tokenizer.encode(images)
+        self.images += len(images)
+        self.pixels = images[0].numel()
+        latents = raw_latents(tokenizer, encoding)
+        if latents is not None and encoding.latents is not None:
+            self.raw.add(as_vectors(latents))
+            self.shown.add(as_vectors(encoding.latents))
+            self.shape = tuple(encoding.latents.shape[1:])
+            logvar = getattr(encoding.posterior, "logvar", None)
+            if isinstance(logvar, Tensor) and self.kl_nats is not None:
+                mean, logvar = latents.double(), as_map(logvar, encoding.latents).double()
+                self.kl_nats += 0.5 * float((mean.square() + logvar.exp() - 1 - logvar).sum())
+            else:
+                self.kl_nats = None
+        elif encoding.codes is not None:
+            self.shape = tuple(encoding.codes.shape[1:])
+            for book in range(self.shape[0]):
+                values, n = encoding.codes[:, book].unique(return_counts=True)
+                self.counts.update({(book, v): c for v, c in zip(values.tolist(), n.tolist())})
+
+    def merge(self, other: "LatentTally") -> "LatentTally":
+        """Both sets of images together."""
+        if not self.images or not other.images:
+            return self if self.images else other
+        kl = None if self.kl_nats is None or other.kl_nats is None else self.kl_nats + other.kl_nats
+        return LatentTally(self.raw.merge(other.raw), self.shown.merge(other.shown), self.images + other.images, kl,
+                           self.counts + other.counts, self.shape, self.pixels)
 
 
 @torch.inference_mode()
-def latent_statistics(tokenizer: ImageTokenizer, batches: Iterable[ImageBatch]) -> tuple[dict[str, Any], LatentColours | None]:
+def latent_statistics(
+    tokenizer: ImageTokenizer, batches: Iterable[ImageBatch], together: bool = True
+) -> tuple[dict[str, Any], LatentColours | None]:
     """Statistics of the latents or codes over the images as JSON data, and the colours of continuous latents.
 
     mean, std: of each channel as `encode` gives it (normalised). active_units: channels whose un-normalised posterior mean
     has a variance above 0.01. floats_per_image or bits_per_image: the size of what is stored; kl_bits_per_image: the
-    posterior's KL to N(0, I). Raises DataError without images, InputError on latents that are not finite.
+    posterior's KL to N(0, I). Numbers have six decimals, within which the order of the images does not matter.
+    Under torch.distributed each process passes its share (unless not `together`) and gets the whole.
+    Raises DataError without images, InputError on latents that are not finite.
     """
     tokenizer.eval()
-    raw, shown, kl_nats, images = LatentMoments(), LatentMoments(), 0.0, 0
-    counts: Counter[tuple[int, int]] = Counter()
-    shape: tuple[int, ...] = ()
-    kl_known = True
-    pixels = 1
+    mine = LatentTally()
     for batch in batches:
-        encoding = tokenizer.encode(batch.images.to(tokenizer.device))
-        images += len(batch)
-        pixels = batch.images[0].numel()
-        latents = raw_latents(tokenizer, encoding)
-        if latents is not None and encoding.latents is not None:
-            raw.add(as_vectors(latents))
-            shown.add(as_vectors(encoding.latents))
-            shape = tuple(encoding.latents.shape[1:])
-            logvar = getattr(encoding.posterior, "logvar", None)
-            if isinstance(logvar, Tensor):
-                mean, logvar = latents.double(), as_map(logvar, encoding.latents).double()
-                kl_nats += 0.5 * float((mean.square() + logvar.exp() - 1 - logvar).sum())
-            else:
-                kl_known = False
-        elif encoding.codes is not None:
-            shape = tuple(encoding.codes.shape[1:])
-            for book in range(shape[0]):
-                values, n = encoding.codes[:, book].unique(return_counts=True)
-                counts.update({(book, v): c for v, c in zip(values.tolist(), n.tolist())})
-    if not images:
+        mine.add(tokenizer, batch.images.to(tokenizer.device))
+    tally = reduce(LatentTally.merge, _all_processes(mine, together))
+    if not tally.images:
         raise DataError("there are no images to collect latent statistics from")
-    result: dict[str, Any] = {"n": images, "shape": list(shape)}
-    if not raw.count:
-        return {**result, **_code_statistics(tokenizer, shape, counts)}, None
+    result: dict[str, Any] = {"n": tally.images, "shape": list(tally.shape)}
+    if not tally.raw.count:
+        return {**result, **_code_statistics(tokenizer, tally)}, None
+    raw, shown = tally.raw, tally.shown
     if not (np.isfinite(raw.square).all() and np.isfinite(shown.square).all()):
         raise InputError("the latents are not finite: the model's weights or its precision are broken")
     colours = principal_colours(shown)
-    active = np.square(raw.std) > ACTIVE_VARIANCE
+    floats = math.prod(tally.shape)
+    kl = None if tally.kl_nats is None else round(tally.kl_nats / tally.images / math.log(2), 6)
     result |= {
-        "kind": "continuous", "floats_per_image": math.prod(shape), "values_per_float": pixels / math.prod(shape),
-        "mean": shown.mean.tolist(), "std": shown.std.tolist(), "raw_mean": raw.mean.tolist(), "raw_std": raw.std.tolist(),
-        "active_units": int(active.sum()), "active_variance": ACTIVE_VARIANCE,
-        "kl_bits_per_image": kl_nats / images / math.log(2) if kl_known else None, "explained_variance": colours.explained,
+        "kind": "continuous", "floats_per_image": floats, "values_per_float": tally.pixels / floats,
+        "mean": six_decimals(shown.mean), "std": six_decimals(shown.std),
+        "raw_mean": six_decimals(raw.mean), "raw_std": six_decimals(raw.std),
+        "active_units": int((np.square(raw.std) > ACTIVE_VARIANCE).sum()), "active_variance": ACTIVE_VARIANCE,
+        "kl_bits_per_image": kl, "explained_variance": six_decimals(colours.explained),
     }
     return result, colours
 
 
-def _code_statistics(tokenizer: ImageTokenizer, shape: tuple[int, ...], counts: Counter[tuple[int, int]]) -> dict[str, Any]:
+def six_decimals(values: Iterable[float]) -> list[float]:
+    """Rounded: the last bits of a sum depend on its order, and a deviation near 0 loses half of its digits."""
+    return [round(float(value), 6) for value in values]
+
+
+def _code_statistics(tokenizer: ImageTokenizer, tally: LatentTally) -> dict[str, Any]:
     """Usage, perplexity and rate of discrete codes."""
     size = getattr(tokenizer, "codebook_size", None)
     used, perplexity = [], []
-    for book in range(shape[0]):
-        n = np.array([c for (b, _), c in counts.items() if b == book], dtype=np.float64)
+    for book in range(tally.shape[0]):
+        n = np.array(sorted(c for (b, _), c in tally.counts.items() if b == book), dtype=np.float64)
         p = n / n.sum()
         used.append(len(n))
         perplexity.append(float(np.exp(-(p * np.log(p)).sum())))
-    bits = math.prod(shape) * math.log2(size) if size else None
-    return {"kind": "codes", "codebook_size": size, "codes_used": used, "perplexity": perplexity, "bits_per_image": bits}
+    bits = math.prod(tally.shape) * math.log2(size) if size else None
+    return {
+        "kind": "codes", "codebook_size": size, "codes_used": used,
+        "perplexity": six_decimals(perplexity), "bits_per_image": bits,
+    }

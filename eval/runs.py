@@ -126,7 +126,7 @@ def evaluate_run(
         tokenizer, batches(), metrics, label="trained (EMA weights)", data=data_protocol(run.config.data),
         allow_missing=True, together=False, observe=keeper,
     )
-    results["latents"], colours = latent_statistics(tokenizer, batches())
+    results["latents"], colours = latent_statistics(tokenizer, batches(), together=False)
     results["run"] = {
         "system": run.config.system, "name": run.config.name, "step": run.step, "total": run.total, "status": run.status,
         "checkpoint": run.checkpoint.relative_to(run.path).as_posix(), "stages": [list(b) for b in run.boundaries],

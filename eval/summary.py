@@ -38,9 +38,10 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     names = list(summary["rows"][0]["metrics"])
     titles = {name: summary["rows"][0]["metrics"][name]["title"] for name in names}
     for name in names:
-        table.add_column(titles[name], justify="right")
+        unit = summary["rows"][0]["metrics"][name].get("unit")
+        table.add_column(f"{titles[name]}, {unit}" if unit else titles[name], justify="right")
     for row in summary["rows"]:
-        table.add_row(row["label"], *(format_value(row["metrics"][name]) for name in names))
+        table.add_row(row["label"], *(format_value(row["metrics"][name], interval=False) for name in names))
     table.add_section()
     for label in dict.fromkeys(m["over"] for m in summary["margins"]):
         margins = {m["metric"]: m["value"] for m in summary["margins"] if m["over"] == label}
@@ -56,8 +57,11 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
         console.print(f"{name:>10}  {path}", markup=False, soft_wrap=True, highlight=False)
 
 
-def format_value(result: dict[str, Any]) -> str:
-    """A metric's value, or that it is missing."""
+def format_value(result: dict[str, Any], interval: bool = True) -> str:
+    """A metric's value without its unit and, if asked, its 95 % interval; or that it is missing."""
     if result["value"] is None:
         return "not here"
-    return f"{result['value']:.2f} {result['unit']}" if result["unit"] == "dB" else f"{result['value']:.4f}"
+    digits = 2 if result["unit"] == "dB" else 4
+    bounds = result["uncertainty"] if interval else None
+    text = f"{result['value']:.{digits}f}"
+    return text if bounds is None else f"{text} [{bounds['low']:.{digits}f}, {bounds['high']:.{digits}f}]"

@@ -12,6 +12,7 @@ from tokenizers_lab.data.batch import ImageBatch
 from tokenizers_lab.errors import DataError, InputError, WeightsMissing
 from tokenizers_lab.eval import image_metrics
 from tokenizers_lab.eval.images import UNTRAINED_LABEL, evaluate_images
+from tokenizers_lab.eval.latents import collect_latent_stats, latent_statistics
 from tokenizers_lab.eval.provenance import git_commit, weights_sha256, write_json
 
 FAST = ("psnr", "ssim")
@@ -54,6 +55,8 @@ def test_two_processes_give_the_same_bytes_as_one(fitted, tmp_path):
             process.kill()
     together = json.loads((tmp_path / "2.json").read_text())
     alone = evaluate_images(fitted, batches(pictures(N), 4), ("psnr",))
+    alone["latents"], _ = latent_statistics(fitted, batches(pictures(N), 4))
+    alone["collected"] = [v.tolist() for v in collect_latent_stats(fitted, batches(pictures(N), 4))]
     assert alone["n"] == together["n"] == N
     assert values(alone) == values(together)
 
@@ -146,6 +149,16 @@ def test_lpips_means_both_backbones_and_names_their_weights(fitted):
     for name in ("lpips_alex", "lpips_vgg"):
         measured = result["rows"][0]["metrics"][name]
         assert 0 < measured["value"] < 2 and "SHA-256" in measured["network"]
+
+
+def test_ms_ssim_needs_room_for_five_scales(fitted):
+    images = pictures(2, 192)
+    result = evaluate_images(fitted, batches(images, 2), ("ms_ssim",), baselines=False)
+    assert 0.1 < result["rows"][0]["metrics"]["ms_ssim"]["value"] < 0.999
+    metric = image_metrics.build_metrics(["ms_ssim"], torch.device("cpu"))[0][0]
+    assert metric.compute(images, images).tolist() == pytest.approx([1, 1])
+    with pytest.raises(InputError, match="more than 160 pixels"):
+        evaluate_images(fitted, batches(pictures(1, 160), 1), ("ms_ssim",), baselines=False)
 
 
 def test_weights_hash_is_that_of_the_saved_file(fitted, tmp_path, toy_system):

@@ -46,6 +46,7 @@ def test_report_of_continuous_latents(fitted):
         fitted.analysis.bias[2] = 0
     collect_latent_stats(fitted, batches(images, 4))
     result, colours = latent_statistics(fitted, batches(images, 4))
+    assert result == latent_statistics(fitted, batches(images, 1))[0]
     assert result["n"] == N and result["shape"] == [6, 4, 4]
     assert result["floats_per_image"] == 96 and result["values_per_float"] == 32
     vectors = raw(fitted, images)
