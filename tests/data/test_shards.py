@@ -25,12 +25,19 @@ def tars(tmp_path_factory):
 
 @pytest.fixture
 def served(tars):
-    """The shards behind an HTTP server on the loopback interface; `failing` names paths that break off after some bytes."""
-    failing: dict[str, int] = {}
+    """The shards behind an HTTP server on the loopback interface."""
+    failing: dict[str, int] = {}   # how many more answers break off
+    refusing: dict[str, int] = {}  # how many more questions get an error
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
+
+        def send_head(self):
+            if refusing.get(self.path, 0) > 0:
+                refusing[self.path] -= 1
+                return self.send_error(503)
+            return super().send_head()
 
         def copyfile(self, source, outputfile):
             if failing.get(self.path, 0) > 0:
@@ -42,7 +49,7 @@ def served(tars):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tars)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", failing
+    yield f"http://127.0.0.1:{server.server_port}", failing, refusing
     server.shutdown()
     server.server_close()
 
@@ -165,26 +172,31 @@ def test_fewer_shards_than_streams(tars):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_http_gives_the_same_batches_as_the_disk(tars, served, workers):
-    url, _ = served
+    url, *_ = served
     local = take(build_loader(data_config(tars / "{0..5}.tar", workers=workers), 4, 0), 10)
     assert same(take(build_loader(data_config(f"{url}/{{0..5}}.tar", workers=workers), 4, 0), 10), local)
 
 
 def test_a_broken_connection_is_taken_up_where_it_broke(tars, served, monkeypatch):
     monkeypatch.setattr(shards_module.time, "sleep", lambda seconds: None)
-    url, failing = served
+    url, failing, refusing = served
     failing["/2.tar"] = 2
     expected = [s["__key__"] for s in shard_samples(str(tars / "2.tar"), 1)]
     assert [s["__key__"] for s in shard_samples(f"{url}/2.tar", 1)] == expected and len(expected) == 8
     assert failing["/2.tar"] == 0
-    failing["/2.tar"] = 100
+    refusing["/2.tar"] = 3
+    assert [s["__key__"] for s in shard_samples(f"{url}/2.tar", 1)] == expected
+    refusing["/2.tar"] = 100
+    with pytest.raises(DataError, match=r"2\.tar is damaged or unreachable after sample 0 .*503"):
+        list(shard_samples(f"{url}/2.tar"))
+    refusing["/2.tar"], failing["/2.tar"] = 0, 100
     with pytest.raises(DataError, match=r"2\.tar is damaged or unreachable after sample"):
         list(shard_samples(f"{url}/2.tar"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_missing_and_damaged_shards(tars, served, tmp_path, workers):
-    url, _ = served
+    url, *_ = served
     (tmp_path / "cut.tar").write_bytes((tars / "0.tar").read_bytes()[:6000])
     (tmp_path / "text.tar").write_text("no archive")
     for source, line in [

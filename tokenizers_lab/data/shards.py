@@ -49,15 +49,17 @@ def shard_samples(url: str, start: int = 0) -> Iterator[dict[str, Any]]:
                     if index >= start:
                         yield sample
             return
-        except FileNotFoundError:
-            raise DataError(f"shard {url}: there is no such file") from None
         except ImportError as error:
             raise DataError(f"shard {url}: {error}") from error
         except Exception as error:   # tarfile's, zlib's, and those of each remote store
+            cause: BaseException = error
+            while cause.__cause__ is not None:   # fsspec raises FileNotFoundError for every refusal, from the real one
+                cause = cause.__cause__
+            if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410):
+                raise DataError(f"shard {url}: there is no such file") from error
             if not remote or attempt + 1 == ATTEMPTS:
                 advice = "check the connection and the file" if remote else "copy or write it again"
-                what = " ".join(str(error.args[0] if error.args else error).split()) or type(error).__name__
-                raise DataError(f"shard {url} is damaged or unreachable after sample {done} ({what}); {advice}") from error
+                raise DataError(f"shard {url} is damaged or unreachable after sample {done} ({_text(cause)}); {advice}") from error
             time.sleep(0.5 * 4**attempt)
 
 
@@ -253,6 +255,12 @@ def _options(url: str) -> dict[str, Any]:
 
     # fsspec's default ends a request after 5 minutes, but training reads a shard as slowly as it learns from it.
     return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=READ_TIMEOUT, sock_read=READ_TIMEOUT)}}
+
+
+def _text(error: BaseException) -> str:
+    # webdataset appends the stream and the URL to an exception's arguments
+    message = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    return f"{type(error).__name__}: {' '.join(message.split())}"
 
 
 def _basename(url: str) -> str:
