@@ -348,3 +348,21 @@ def test_interrupted_training_is_saved(tmp_path):
     step = int(re.search(r"stopped at step (\d+) of 100000, saved in runs/rectok-small", out).group(1))
     assert "toklab train my.yaml --resume" in out
     assert Path(f"runs/rectok-small/checkpoints/step_{step:08d}/manifest.json").exists()
+
+
+def test_two_processes_train_one_run(tmp_path):
+    Path("my.yaml").write_text(CONFIG)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               "-m", "tokenizers_lab", "train", "my.yaml", "data.val=null"]
+    env = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"} | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        out, err = process.communicate(timeout=180)
+    finally:
+        process.terminate()      # torchrun then ends its processes too
+    assert process.returncode == 0, err
+    assert out.count("trained weights: runs/rectok-small") == 1
+    records = [json.loads(line) for line in Path("runs/rectok-small/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2, 3]
+    folder = Path("runs/rectok-small/checkpoints/step_00000003/training")
+    assert sorted(p.name for p in folder.glob("rank_*")) == ["rank_0.pt", "rank_1.pt"]
