@@ -14,6 +14,7 @@ from tokenizers_lab.errors import ConfigError, TrainingError
 from tokenizers_lab.settings import RunConfig
 from tokenizers_lab.training import run as run_parts
 from tokenizers_lab.training.checkpoint import prune_checkpoints
+from tokenizers_lab.training.objective import weighted_sum
 from tokenizers_lab.training.optim import build_optimizer, learning_rate, set_learning_rate, update_ema
 from tokenizers_lab.training.run import DiscriminatorStep, GeneratorStep, RunResult, State
 from tokenizers_lab.training.signals import StopFlag
@@ -150,7 +151,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                     synchronise = micro == cfg.train.accumulate - 1
                     with nullcontext() if synchronise else accelerator.no_sync(generator):
                         losses = generator(batch, draw.within(f"micro{micro}"), active)
-                        loss = sum(stage.weights[name] * term for name, term in losses.terms.items())
+                        loss = weighted_sum(losses.terms, stage.weights)
                         accelerator.backward(loss / cfg.train.accumulate)
                     logs = {"loss": loss, **losses.terms, **losses.logs}
                     if gan:

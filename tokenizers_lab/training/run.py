@@ -134,7 +134,8 @@ def build_networks(cfg: RunConfig, device: torch.device) -> Networks:
 
         set_activation_checkpointing(tokenizer, True)
     if cfg.train.compile:      # forward alone would leave encode and decode eager: compile what they call
-        for group in (tokenizer, objective.heads, objective.discriminators, objective.frozen):
+        wrapped = objective.frozen.children()      # teachers and LPIPS are called by other methods; their networks by forward
+        for group in (tokenizer, objective.heads, objective.discriminators, *wrapped):
             for module in group.children():
                 module.compile()
     return networks
