@@ -64,6 +64,7 @@ def line_chart(name: str, series: Sequence[Series], boundaries: Sequence[float] 
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-4, 5))
     for step in boundaries:
         axes.axvline(step, color=STAND_INS["ink"], linewidth=0.6, linestyle=":", alpha=0.6)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

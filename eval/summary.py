@@ -30,7 +30,7 @@ def finish_run(run_folder: str | Path, device: torch.device | str = "cpu") -> di
 
 
 def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
-    """A table of the trained model beside the untrained network and the mean colour of each patch, then the paths."""
+    """A table of the trained model beside the untrained network and the patches' mean colours, what is missing, and the paths."""
     console = console or Console()
     run = summary["run"]
     table = Table(title=f"{run['system']}-{run['name']}: {run['status']}, {summary['n']} held-out images", title_justify="left")
