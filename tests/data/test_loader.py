@@ -161,9 +161,11 @@ def test_a_fault_of_the_program_is_not_taken_for_a_bad_image(photos, monkeypatch
 
 
 def test_a_killed_decoding_process_ends_the_run_with_advice(photos):
+    before = set(multiprocessing.active_children())
     loader = build_loader(data_config(photos, workers=1), 4, 0)
     next(loader)
-    os.kill(multiprocessing.active_children()[-1].pid, signal.SIGKILL)
+    (worker,) = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(DataError, match=r"lower data\.workers"):
         take(loader, 10)
 

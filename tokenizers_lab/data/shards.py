@@ -58,8 +58,9 @@ def shard_samples(url: str, start: int = 0) -> Iterator[dict[str, Any]]:
             if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410):
                 raise DataError(f"shard {url}: there is no such file") from error
             if not remote or attempt + 1 == ATTEMPTS:
-                advice = "check the connection and the file" if remote else "copy or write it again"
-                raise DataError(f"shard {url} is damaged or unreachable after sample {done} ({_text(cause)}); {advice}") from error
+                advice = "check the connection and the file" if remote else "copy it again"
+                trouble = f"is damaged or unreachable after sample {done} ({_text(cause)})"
+                raise DataError(f"shard {url} {trouble}; {advice}") from error
             time.sleep(0.5 * 4**attempt)
 
 
