@@ -166,6 +166,7 @@ def test_a_killed_decoding_process_ends_the_run_with_advice(photos):
     next(loader)
     (worker,) = set(multiprocessing.active_children()) - before
     os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.2)                        # not here, where a run may be saving, but at the next fetch
     with pytest.raises(DataError, match=r"lower data\.workers"):
         take(loader, 10)
 

@@ -2,6 +2,7 @@
 
 import atexit
 import signal
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ class Fetcher:
         if self._iterator is None:
             if self._source is None:
                 raise DataError("this loader was closed; build another one")
-            self._iterator = iter(self._source)
+            self._iterator = _quiet_iterator(self._source)
         try:
             return next(self._iterator)
         except RuntimeError as error:
@@ -66,6 +67,22 @@ _open: "weakref.WeakSet[Fetcher]" = weakref.WeakSet()
 def _close_all() -> None:
     for fetcher in list(_open):
         fetcher.close()
+
+
+def _quiet_iterator(source: DataLoader) -> Iterator[Fetched]:
+    """The iterator, without the SIGCHLD handler that torch installs with it.
+
+    That raises RuntimeError wherever the training process stands when a worker dies, in the middle of a save too. Without it
+    the next fetch notices, within 5 seconds.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        return iter(source)
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(source)
+    after = signal.getsignal(signal.SIGCHLD)
+    if getattr(after, "__module__", None) == "torch.utils.data._utils.signal_handling":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before in (after, None) else before)
+    return iterator
 
 
 def _as_is(fetched: Fetched) -> Fetched:
