@@ -1,0 +1,159 @@
+"""One optimiser step of every stage of the papers' recipes, at full size with batch 1: its time and its peak memory.
+
+python scripts/smoke_recipes.py [RECIPE …]        without names, every packaged recipe but the tiny ones
+
+Each recipe has a process of its own, so that one that the machine cannot hold is reported, and the others still run.
+Networks whose weights are not here are replaced by random ones of the same size, and the table says so: time and memory
+are those of the real ones. Images are noise. On a CPU the step is float32, whatever the recipe's precision.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+MINUTES = 15          # after which a recipe is given up
+# transformers' configs of the teachers that the recipes name
+TEACHERS = {
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": {
+        "model_type": "dinov3_vit", "hidden_size": "1024", "intermediate_size": "4096", "num_hidden_layers": "24",
+        "num_attention_heads": "16", "num_register_tokens": "4", "patch_size": "16",
+    },
+}
+CLASSIFIERS = {"convnext-small": "convnext_small", "lpips-vgg16": "vgg16", "lpips-alexnet": "alexnet"}      # torchvision's names
+
+
+def main(names):
+    """A process for each recipe; print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tokenizers_lab.config import list_recipes
+    from tokenizers_lab.eval.provenance import environment
+
+    table = Table("recipe", "stage", "trained", "one step", "peak memory", "loss", "stand-ins")
+    for name in names or [r for r in list_recipes() if not r.endswith("/tiny")]:
+        command = [sys.executable, str(Path(__file__)), "--child", name]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60 * MINUTES)
+        except subprocess.TimeoutExpired:
+            table.add_row(name, "", "", f"more than {MINUTES} minutes")
+            continue
+        if done.returncode == 0:
+            for row in json.loads(done.stdout.splitlines()[-1]):
+                table.add_row(name, *row)
+        elif done.returncode == -signal.SIGKILL:
+            table.add_row(name, "", "", "no", "more than this machine has (killed)")
+        else:
+            table.add_row(name, "", "", "no: " + (done.stderr.strip().splitlines() or ["no message"])[-1])
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    machine = environment("cuda" if has_cuda() else "cpu")
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    print(f"batch 1; {machine['processor']}, {machine['cpu_count']} cores, {machine['threads']} threads, {gib:.0f} GiB of memory")
+
+
+def child(name):
+    """One step of each stage of a recipe; prints the rows as JSON."""
+    import torch
+
+    from tokenizers_lab.config import load_config, override_objective
+    from tokenizers_lab.data.batch import ImageBatch
+    from tokenizers_lab.draw import Draw
+    from tokenizers_lab.training.optim import build_optimizer, set_learning_rate, update_ema
+    from tokenizers_lab.training.run import DiscriminatorStep, GeneratorStep, build_networks
+
+    device = torch.device("cuda" if has_cuda() else "cpu")
+    cfg = load_config(name, ["init_from=null"])
+    missing = replace_missing(cfg.objective)
+    nets = build_networks(cfg, device)
+    size = cfg.data.size
+    batch = ImageBatch(torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)), ["noise"]).to(device)
+    rows = []
+    for number, stage in enumerate(cfg.stages):
+        nets.objective.cfg = override_objective(cfg.objective, stage.objective)
+        nets.select(stage.parts)
+        nets.tokenizer.train()
+        nets.objective.train()
+        generator, discriminator = GeneratorStep(nets.tokenizer, nets.objective), DiscriminatorStep(nets.objective)
+        optimizers = [build_optimizer(generator.named_parameters(), cfg.train.optimizer)]
+        if "gan" in stage.weights:
+            nets.objective.discriminators.requires_grad_(True)
+            optimizers.append(build_optimizer(discriminator.named_parameters(), cfg.train.discriminator_optimizer))
+
+        began = time.perf_counter()
+        half = device.type == "cuda" and cfg.train.precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            losses = generator(batch, Draw(0, step=number, device=device), frozenset(stage.weights))      # every term at once
+            loss = sum(stage.weights[term] * value for term, value in losses.terms.items())
+        loss.backward()
+        if "gan" in stage.weights:
+            sum(discriminator(losses.real, losses.fake.detach()).terms.values()).backward()
+        trained = [p for p in generator.parameters() if p.requires_grad]
+        norm = torch.nn.utils.clip_grad_norm_(trained, cfg.train.optimizer.clip or float("inf"))
+        assert bool(loss.isfinite()) and bool(norm.isfinite()), "the loss or the gradient is not finite"
+        for optimizer in optimizers:
+            set_learning_rate(optimizer, stage.lr)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        update_ema(nets.ema, nets.tokenizer, cfg.train.ema)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        count = sum(p.numel() for p in trained) / 1e6
+        rows.append((stage.name, f"{count:.1f} M", f"{seconds:.2f} s", peak_memory(), f"{loss.item():.4f}", ", ".join(missing)))
+    print(json.dumps(rows))
+
+
+def replace_missing(objective):
+    """Let networks whose weights are nowhere have random ones of their size; returns their names. Nothing is fetched."""
+    import torchvision
+
+    from tokenizers_lab.errors import WeightsMissing
+    from tokenizers_lab.losses import perceptual
+    from tokenizers_lab.teachers.networks import local_folder
+
+    os.environ["TOKENIZERS_LAB_OFFLINE"] = "1"
+    missing = []
+    for teacher in getattr(objective, "teachers", {}).values():
+        try:
+            local_folder(teacher.source)
+        except WeightsMissing:
+            if teacher.backend != "transformers" or teacher.source not in TEACHERS:
+                raise
+            missing.append(f"random {teacher.source.split('/')[-1]}")
+            teacher.backend, teacher.config = "random", TEACHERS[teacher.source]
+    find_state_dict = perceptual.find_state_dict
+
+    def find_or_random(name, path=None):
+        try:
+            return find_state_dict(name, path)
+        except WeightsMissing:
+            missing.append(f"random {name}")
+            return getattr(torchvision.models, CLASSIFIERS[name])(weights=None).state_dict(), "random weights"
+
+    perceptual.find_state_dict = find_or_random
+    return missing
+
+
+def has_cuda():
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def peak_memory():
+    """Of the GPU's tensors, or else of the whole process, so far."""
+    import torch
+
+    peak = torch.cuda.max_memory_allocated() if has_cuda() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return f"{peak / 2**30:.1f} GiB"
+
+
+if sys.argv[1:2] == ["--child"]:
+    child(sys.argv[2])
+else:
+    main(sys.argv[1:])
