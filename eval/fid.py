@@ -16,8 +16,9 @@ from tokenizers_lab.errors import InputError
 
 from .bootstrap import Interval
 from .deterministic import map_in_order, one_thread
-from .statistics import CHUNK, Statistics, compute_statistics
+from .statistics import Statistics, compute_statistics
 
+CHUNK = 2048       # samples of which influences are computed at once; part of the definition of the last digits
 PIVOT = 1e-12      # a covariance whose smallest Cholesky pivot is below this share of its largest entry counts as singular
 
 
