@@ -38,7 +38,6 @@ def run(args: argparse.Namespace) -> int:
 
     limit = [] if args.max_minutes is None else [f"train.max_minutes={args.max_minutes}"]
     cfg = load_config(args.config, [*args.overrides, *limit])
-    use_cpu_processes()
     from tokenizers_lab.training.checkpoint import newest_checkpoint, read_state
     from tokenizers_lab.training.loop import train
 
@@ -60,14 +59,6 @@ def run(args: argparse.Namespace) -> int:
         say(f"the time is over at step {result.step} of {result.total}; go on with: {again(args)}")
     summarise(cfg, result.folder)
     return 0
-
-
-def use_cpu_processes() -> None:
-    """Several processes without a GPU: accelerate joins them only if told so, else each would train alone into one folder."""
-    import torch
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
 def leave_process_group() -> bool:

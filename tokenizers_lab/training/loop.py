@@ -1,5 +1,6 @@
 """The training loop: one function, read from top to bottom."""
 
+import json
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -29,6 +30,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
     """
     began = time.monotonic()
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),      # else accelerate leaves torchrun's processes on a CPU unjoined
         mixed_precision=cfg.train.precision, log_with=cfg.train.trackers or None, project_dir=cfg.out,
         # batch-norm buffers stay per rank (broadcasting them breaks a backward after two forwards);
         # a stage may leave parameters unused, as the mask token without a mask
@@ -64,6 +66,8 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
     tracker = Tracker(run, total_steps, state.step, rank == 0, accelerator)
     for name, source in nets.objective.provenance().items():
         tracker.say(f"{name}: {source}")
+    if rank == 0:
+        (run / "provenance.json").write_text(json.dumps(nets.objective.provenance(), indent=1) + "\n")
     if checkpoint is not None:
         tracker.say(f"resumed from {checkpoint}")
     meter, sign = Meter(), (-1 if cfg.train.best.startswith("-") else 1)
