@@ -35,6 +35,22 @@ class ImageEncoding:
         return code
 
 
+@dataclass
+class SpeechEncoding:
+    """Result of `SpeechTokenizer.encode`. Item i has `lengths[i]` frames; behind them codes and latents are 0."""
+
+    codes: Tensor | None = None       # (B, K, T) int64
+    latents: Tensor | None = None     # (B, C, T)
+    lengths: Tensor | None = None     # (B,) int64, frames of each item; none: all T
+
+    @property
+    def code(self) -> Tensor:
+        """What `decode` takes: the codes, or the latents where there are no codes."""
+        code = self.latents if self.codes is None else self.codes
+        assert code is not None
+        return code
+
+
 class Tokenizer(nn.Module):
     """The network that ships. A subclass sets `system` and builds itself from its model config alone."""
 
@@ -111,6 +127,76 @@ class ImageTokenizer(Tokenizer):
         low, high = images.aminmax()
         if not (low >= -1e-3 and high <= 1 + 1e-3):      # also false for NaN
             raise InputError(f"images must be finite and in [0, 1], not in [{low:.3g}, {high:.3g}]")
+
+
+class SpeechTokenizer(Tokenizer):
+    """Audio enters and leaves as float (B, channels, samples) in [−1, 1] at `sample_rate`; each system normalises inside.
+
+    In a padded batch `lengths` says where each item ends: it is then encoded and decoded as if it were alone.
+    """
+
+    sample_rate: int                  # Hz
+    hop: int                          # samples of one code frame
+    codebooks: int                    # K codes of a frame
+    codebook_size: int                # entries of a codebook
+    channels: int = 1                 # audio channels that the network takes
+
+    def encode(self, audio: Tensor, lengths: Tensor | None = None) -> SpeechEncoding:
+        """Codes (B, K, T) of audio (B, channels, samples). lengths: (B,) samples of each item; none: all of them."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Audio (B, channels, T · hop) from codes (B, K, T). lengths: (B,) frames of each item; behind them the audio is 0."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def reconstruct(self, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """decode(encode(audio)), cut to the samples of the input; 0 behind the end of a shorter item."""
+        encoding = self.encode(audio, lengths)
+        restored = self.decode(encoding.code, encoding.lengths)[..., : audio.shape[-1]]
+        if lengths is not None:
+            position = torch.arange(restored.shape[-1], device=restored.device)
+            restored = restored * (position < lengths.to(restored.device)[:, None, None])
+        return restored
+
+    def frames(self, samples: int) -> int:
+        """Code frames of that many samples: rounded up."""
+        return -(-samples // self.hop)
+
+    def check_audio(self, audio: Tensor, lengths: Tensor | None = None) -> None:
+        """Raise InputError unless audio is finite float (B, channels, samples) in [−1, 1], not empty, and lengths fit it."""
+        if not torch.is_floating_point(audio) or audio.dim() != 3 or audio.shape[1] != self.channels:
+            raise InputError(f"audio must be float (B, {self.channels}, samples), not {audio.dtype} {tuple(audio.shape)}")
+        if 0 in audio.shape:
+            raise InputError(f"audio is empty: {tuple(audio.shape)}")
+        check_lengths(lengths, len(audio), audio.shape[2], "samples")
+        if audio.device.type == "meta" or torch.compiler.is_compiling():
+            return
+        low, high = audio.aminmax()
+        if not (low >= -1 - 1e-3 and high <= 1 + 1e-3):      # also false for NaN
+            raise InputError(f"audio must be finite and in [-1, 1], not in [{low:.3g}, {high:.3g}]: scale or clamp it first")
+
+    def check_codes(self, codes: Tensor, lengths: Tensor | None = None) -> None:
+        """Raise InputError unless codes are int64 (B, at most K, T) in [0, codebook_size), not empty, and lengths fit them."""
+        wanted = f"int64 (B, 1 to {self.codebooks}, T)"
+        if codes.dtype != torch.int64 or codes.dim() != 3 or not 1 <= codes.shape[1] <= self.codebooks or 0 in codes.shape:
+            raise InputError(f"codes must be {wanted}, not {codes.dtype} {tuple(codes.shape)}")
+        check_lengths(lengths, len(codes), codes.shape[2], "frames")
+        if codes.device.type == "meta" or torch.compiler.is_compiling():
+            return
+        low, high = codes.aminmax()
+        if low < 0 or high >= self.codebook_size:
+            raise InputError(f"codes must be in [0, {self.codebook_size}), not in [{low}, {high}]")
+
+
+def check_lengths(lengths: Tensor | None, items: int, longest: int, unit: str) -> None:
+    """Raise InputError unless lengths is none or an integer (items,) in [1, longest]."""
+    if lengths is None:
+        return
+    if lengths.is_floating_point() or lengths.dtype == torch.bool or tuple(lengths.shape) != (items,):
+        raise InputError(f"lengths must be integers ({items},), not {lengths.dtype} {tuple(lengths.shape)}")
+    if not lengths.is_meta and (int(lengths.min()) < 1 or int(lengths.max()) > longest):
+        raise InputError(f"lengths must be 1 to {longest} {unit}, not {int(lengths.min())} to {int(lengths.max())}")
 
 
 def write_tokenizer_files(
