@@ -27,6 +27,27 @@ class ImageDataConfig:
 
 
 @dataclass
+class SpeechDataConfig:
+    """Speech for training and validation. A source is `sample:speech`, a folder, a manifest (.jsonl, .csv, .tsv),
+    or webdataset shards as for images: a sound file and a JSON file for each clip, as Emilia has them."""
+
+    train: str = MISSING             # source of the training clips
+    val: str | None = None           # source of the held-out clips; none: no validation
+    sample_rate: int = 16_000        # Hz to which every clip is resampled
+    channels: int = 1                # 1: the mean of a clip's channels; more: as many as the clip has, or one repeated
+    segment_seconds: float = 3.0     # length of a training segment; shorter clips are followed by zeros
+    crop: str = "random"             # random: another stretch each time; fixed: one random stretch a clip; start: the beginning
+    min_seconds: float = 0.0         # shorter clips are left out
+    max_seconds: float = 3600.0      # longer clips are left out
+    val_limit: int | None = None     # at most this many validation clips; none: all
+    val_seconds: float | None = None   # validation clips are cut to this length; none: whole
+    samples: int | None = None       # number of training clips, needed by shards when a stage is given in epochs
+    shuffle_buffer: int = 1000       # shards: clips shuffled together inside one shard
+    bad_fraction: float = 0.01       # unreadable clips above this share of those seen end the run
+    workers: int = 2                 # decoding processes for each rank; 0: in the training process
+
+
+@dataclass
 class OptimizerConfig:
     """AdamW of the generator and of the discriminators."""
 
