@@ -20,6 +20,7 @@ METRICS = {      # name: (title, better)
     "rfid": ("rFID", "lower"), "fid": ("FID", "lower"), "sfid": ("sFID", "lower"), "kid": ("KID", "lower"),
     "is": ("Inception Score", "higher"), "precision": ("Precision", "higher"), "recall": ("Recall", "higher"),
 }
+NEED_IMAGES = ("kid", "precision", "recall")      # statistics of a reference are not enough
 STAND_IN_TITLES = {
     "rfid": "Fréchet distance", "fid": "Fréchet distance", "sfid": "spatial Fréchet distance", "kid": "kernel distance",
     "is": "class score", "precision": "Precision", "recall": "Recall",
@@ -33,6 +34,12 @@ class Reference:
     features: Features | None = None
     statistics: Statistics | None = None            # of the pooled features
     spatial_statistics: Statistics | None = None
+    source: dict[str, Any] | None = None            # what the result calls it; none: the statistics' own source
+
+    @property
+    def name(self) -> dict[str, Any] | None:
+        """What the result says of it; None where nothing is known."""
+        return self.source or (None if self.statistics is None else self.statistics.source)
 
     def pool(self) -> Tensor | Statistics:
         """Pooled features, else their statistics."""
@@ -63,6 +70,20 @@ def check_metrics(names: Sequence[str], extractor: FeatureExtractor | None = Non
             raise InputError(f"there is no metric of features '{name}'; known: {', '.join(METRICS)}")
         if name == "sfid" and extractor is not None and extractor.kind == "teacher":
             raise InputError("sfid needs Inception's spatial features: the teacher has none")
+
+
+def check_reference(names: Sequence[str], extractor: FeatureExtractor, reference: Reference) -> None:
+    """Before any image is measured: raise InputError if statistics cannot serve these metrics with this extractor."""
+    if reference.statistics is None or reference.features is not None:
+        return
+    for name in names:
+        if name in NEED_IMAGES:
+            reference.images(name)
+        if name == "sfid":
+            reference.spatial()
+    for statistics in (reference.statistics, reference.spatial_statistics):
+        if statistics is not None:
+            _check_made_alike(statistics, extractor, statistics.width)
 
 
 def feature_metrics(
@@ -116,8 +137,11 @@ def _interval(interval: Interval | None) -> dict[str, Any] | None:
 
 
 def _check_reference(extractor: FeatureExtractor, samples: Features, reference: Reference) -> None:
-    """Statistics must have been made by this network on images resized alike; ADM's files, which say neither, fit FID's only."""
-    pairs = [(reference.statistics, samples.pool), (reference.spatial_statistics, samples.spatial)]
-    for statistics, ours in pairs:
+    for statistics, ours in ((reference.statistics, samples.pool), (reference.spatial_statistics, samples.spatial)):
         if statistics is not None and ours is not None:
-            check_compatible(statistics, extractor.identifier, extractor.resize, ours.shape[1], assumed=extractor.is_inception)
+            _check_made_alike(statistics, extractor, ours.shape[1])
+
+
+def _check_made_alike(statistics: Statistics, extractor: FeatureExtractor, width: int) -> None:
+    """Statistics must have been made by this network on images resized alike; ADM's files, which say neither, fit FID's only."""
+    check_compatible(statistics, extractor.identifier, extractor.resize, width, assumed=extractor.is_inception)

@@ -21,6 +21,29 @@ def processes() -> tuple[int, int]:
     return 0, 1
 
 
+def all_processes(mine: Result, together: bool = True) -> list[Result]:
+    """What each process has, in order of rank. together: false: this process is alone."""
+    if not together or processes()[1] == 1:
+        return [mine]
+    shares: list[Any] = [None] * processes()[1]
+    dist.all_gather_object(shares, mine)
+    return shares
+
+
+def in_step(function: Callable[[], Result], together: bool = True) -> Result:
+    """function() of each process. An error of one is raised on all: nobody waits for a process that has given up."""
+    error: Exception | None = None
+    result: Any = None
+    try:
+        result = function()
+    except Exception as raised:      # the others must hear of it, whatever it is
+        error = raised
+    errors = [one for one in all_processes(error, together) if one is not None]
+    if errors:
+        raise error or errors[0]
+    return result
+
+
 def gather_rows(
     keys: Sequence[str], tensors: dict[str, Tensor], together: bool = True
 ) -> tuple[list[str], dict[str, Tensor]] | None:

@@ -18,6 +18,8 @@ from tokenizers_lab.data.batch import ImageBatch
 from tokenizers_lab.errors import DataError, InputError
 from tokenizers_lab.tokenizer import ImageEncoding, ImageTokenizer
 
+from .gather import all_processes
+
 ACTIVE_VARIANCE = 0.01     # a unit is active if its posterior mean varies by more over the data (Burda et al. 2016, sec. 5.2)
 SMALLEST_STD = 1e-6        # a channel that never moves is not divided by zero
 COLOUR_SPAN = 2.0          # standard deviations on either side that the colour range covers
@@ -134,7 +136,7 @@ def collect_latent_stats(tokenizer: ImageTokenizer, batches: Iterable[ImageBatch
         if latents is None:
             raise InputError("latent statistics are for continuous latents; this tokenizer gives codes only")
         moments.add(as_vectors(latents))
-    moments = reduce(LatentMoments.merge, _all_processes(moments))
+    moments = reduce(LatentMoments.merge, all_processes(moments))
     if not moments.count:
         raise DataError("there are no images to collect latent statistics from")
     if not np.isfinite(moments.square).all():
@@ -143,15 +145,6 @@ def collect_latent_stats(tokenizer: ImageTokenizer, batches: Iterable[ImageBatch
     std = torch.from_numpy(np.maximum(moments.std, SMALLEST_STD)).float()
     remember(mean, std)
     return mean, std
-
-
-def _all_processes(mine: Any, together: bool = True) -> list[Any]:
-    """What each process has."""
-    if not (together and torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [mine]
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, mine)
-    return shares
 
 
 @dataclass
@@ -166,9 +159,8 @@ class LatentTally:
     shape: tuple[int, ...] = ()                                        # of the latents or codes of an image
     pixels: int = 0                                                    # values of an image
 
-    def add(self, tokenizer: ImageTokenizer, images: Tensor) -> None:
-        """Encode a batch (B, 3, H, W) and add it."""
-        encoding = tokenizer.encode(images)
+    def add_encoding(self, tokenizer: Any, encoding: ImageEncoding, images: Tensor) -> None:
+        """Add what the tokenizer gave for a batch (B, 3, H, W)."""
         self.images += len(images)
         self.pixels = images[0].numel()
         latents = raw_latents(tokenizer, encoding)
@@ -212,8 +204,14 @@ def latent_statistics(
     tokenizer.eval()
     mine = LatentTally()
     for batch in batches:
-        mine.add(tokenizer, batch.images.to(tokenizer.device))
-    tally = reduce(LatentTally.merge, _all_processes(mine, together))
+        images = batch.images.to(tokenizer.device)
+        mine.add_encoding(tokenizer, tokenizer.encode(images), images)
+    return tally_statistics(tokenizer, mine, together)
+
+
+def tally_statistics(tokenizer: Any, mine: LatentTally, together: bool = True) -> tuple[dict[str, Any], LatentColours | None]:
+    """`latent_statistics` of what this process has added to its tally."""
+    tally = reduce(LatentTally.merge, all_processes(mine, together))
     if not tally.images:
         raise DataError("there are no images to collect latent statistics from")
     result: dict[str, Any] = {"n": tally.images, "shape": list(tally.shape)}
@@ -237,7 +235,7 @@ def latent_statistics(
 
 def six_decimals(values: Iterable[float]) -> list[float]:
     """Rounded: the last bits of a sum depend on its order, and a deviation near 0 loses half of its digits."""
-    return [round(float(value), 6) for value in values]
+    return [round(float(value), 6) + 0.0 for value in values]      # + 0.0: no sign of a zero
 
 
 def _code_statistics(tokenizer: ImageTokenizer, tally: LatentTally) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from tokenizers_lab.data.batch import ImageBatch
 from tokenizers_lab.errors import DataError, InputError
 from tokenizers_lab.tokenizer import ImageTokenizer
 
-from .feature_metrics import Reference, check_metrics, feature_metrics
+from .candidates import Candidate
+from .feature_metrics import Reference, check_metrics, check_reference, feature_metrics
 from .features import FeatureExtractor, Features, to_uint8
-from .gather import gather_rows, on_first
-from .images import Candidate, evaluate_images
+from .gather import gather_rows, in_step, on_first
+from .images import evaluate_images
 from .statistics import Statistics, cached_statistics, compute_statistics
 
 PENDING = 32       # images that are collected before the network sees them, so that all cores or a GPU have work
@@ -69,6 +70,8 @@ class FeatureCollector:
     def __init__(self, extractor: FeatureExtractor, metrics: Sequence[str], reference: Reference | None = None):
         """reference: none: the originals themselves, each the partner of its reconstruction."""
         check_metrics(metrics, extractor)
+        if reference is not None:
+            check_reference(metrics, extractor, reference)
         self.extractor, self.metrics, self.reference = extractor, list(metrics), reference
         self.spatial = "sfid" in metrics
         self.first: str | None = None          # label of the candidate with whom the originals are taken
@@ -103,7 +106,7 @@ class FeatureCollector:
 
 
 def evaluate_rfid(
-    tokenizer: ImageTokenizer,
+    model: ImageTokenizer | Candidate,
     batches: Iterable[ImageBatch],
     extractor: FeatureExtractor,
     metrics: Sequence[str] = ("rfid",),
@@ -129,13 +132,32 @@ def evaluate_rfid(
         if observe is not None:
             observe(candidate, originals, reconstructions, keys)
 
-    result = evaluate_images(tokenizer, batches, image_metrics, baselines=baselines, observe=both, **options)
+    result = evaluate_images(model, batches, image_metrics, baselines=baselines, observe=both, **options)
     found = collector.results([row["label"] for row in result["rows"]], options.get("together", True))
     for row in result["rows"]:
         row["metrics"] |= found[row["label"]]
-    source = None if reference is None or reference.statistics is None else reference.statistics.source
+    source = None if reference is None else reference.name
     result["protocol"]["features"] = {**extractor.protocol(), "reference": source or "the originals"}
     return result
+
+
+def collect_features(
+    batches: Callable[[], Iterable[ImageBatch]], extractor: FeatureExtractor, spatial: bool = False
+) -> Features | None:
+    """Features of all processes' images, in order of keys, on the first process; None on the others.
+
+    batches: gives this process's share when called. Raises DataError for none, or what reading and the extractor raise.
+    """
+    store = FeatureStore(extractor, spatial)
+
+    def share() -> None:
+        for batch in batches():
+            store.add(batch.keys, batch.images)
+        store.flush()
+
+    in_step(share)
+    gathered = store.gather()
+    return None if gathered is None else gathered[1]
 
 
 def reference_statistics(
@@ -163,14 +185,10 @@ def reference_statistics(
 
     found = on_first(look_up)
     if found is None:
-        store = FeatureStore(extractor, spatial)
-        for batch in batches():
-            store.add(batch.keys, batch.images)
-        gathered = store.gather()
+        features = collect_features(batches, extractor, spatial)
 
         def compute() -> tuple[Statistics, Statistics | None]:
-            assert gathered is not None
-            features = gathered[1]
+            assert features is not None      # the first process has all
             return compute_statistics(features.pool), None if features.spatial is None else compute_statistics(features.spatial)
 
         found = on_first(lambda: cached_statistics(source, compute, folder)[:2])

@@ -28,8 +28,8 @@ from tokenizers_lab.tokenizer import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Token
 from tokenizers_lab.training.checkpoint import MANIFEST, list_checkpoints, load_torch, newest_checkpoint
 
 __all__ = [
-    "OfficialWeights", "build_from_dict", "build_tokenizer", "convert_official", "load", "model_card", "push", "resolve_folder",
-    "save_official", "weights_sha256",
+    "OfficialWeights", "build_from_dict", "build_tokenizer", "convert_official", "hub_snapshot", "load", "model_card", "push",
+    "resolve_folder", "save_official", "weights_sha256",
 ]
 
 HEADS_FILE = "heads.safetensors"      # the objective's heads of converted weights, where the authors released them
@@ -255,12 +255,21 @@ def _fetch_official(system: str, release: dict[str, Any], name: str) -> Path:
 # --- the hub ------------------------------------------------------------------------------------------------------------
 
 def _hub_folder(repo: str) -> Path:
-    """A hub repository's snapshot of config and weights. Raises WeightsMissing without a network, CheckpointError if it is not
-    there or not ours."""
+    """A hub repository's snapshot of config and weights. Raises as `hub_snapshot`, CheckpointError if it is not ours."""
+    folder = hub_snapshot(repo, [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, HEADS_FILE])
+    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        raise CheckpointError(f"the hub's {repo} is no tokenizer of ours: it has no {CONFIG_FILE} or no {WEIGHTS_FILE}")
+    return folder
+
+
+def hub_snapshot(repo: str, patterns: list[str]) -> Path:
+    """A hub repository's files that match the patterns, fetched or from the hub's cache.
+
+    Raises WeightsMissing if they are not here and there is no network, CheckpointError if there is no such repository.
+    """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    patterns = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, HEADS_FILE]
     reason = "TOKENIZERS_LAB_OFFLINE is set"
     folder: str | None = None
     try:
@@ -280,8 +289,6 @@ def _hub_folder(repo: str) -> Path:
                 f"there is no folder {repo} here{near}, and the hub's {repo} cannot be fetched ({reason}): where there is a "
                 f"network, run hf download {repo} --local-dir FOLDER and give that folder"
             ) from error
-    if not (Path(folder) / CONFIG_FILE).is_file() or not (Path(folder) / WEIGHTS_FILE).is_file():
-        raise CheckpointError(f"the hub's {repo} is no tokenizer of ours: it has no {CONFIG_FILE} or no {WEIGHTS_FILE}")
     return Path(folder)
 
 

@@ -74,7 +74,7 @@ def test_every_part_is_there(tmp_path):
     parsed = Page(write_report(run).read_text())
     text = "".join(parsed.words)
     for wanted in ("finished, 60 steps", "untrained (random weights)", "patch mean (8×8)", "random weights (seed 0)",
-                   "ADM centre crop to 32 px", "torch 2", "active units", "patch: 8", "train from step 0, finetune from step 30",
+                   "centre, 32 × 32 px", "torch 2", "active units", "patch: 8", "train from step 0, finetune from step 30",
                    "× train 1, finetune 2", "learning rate"):
         assert wanted in text, wanted
     originals, reconstructions, differences, latents = (

@@ -1,7 +1,10 @@
 """What several commands share. Light to import; what is heavy is imported inside."""
 
 import argparse
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,13 +30,14 @@ def device_of(args: argparse.Namespace) -> str:
 
     from tokenizers_lab.errors import ConfigError
 
-    if args.device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:      # one of several processes: each takes a GPU of its own
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % max(1, torch.cuda.device_count())}"
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
-    return str(args.device)
+    return str(name)
 
 
 def load_image_tokenizer(name: str, device: str) -> "ImageTokenizer":
@@ -46,6 +50,22 @@ def load_image_tokenizer(name: str, device: str) -> "ImageTokenizer":
     if not isinstance(tokenizer, ImageTokenizer):
         raise InputError(f"{name} is a {tokenizer.system} tokenizer, which is not for images")
     return tokenizer
+
+
+@contextmanager
+def process_group() -> Iterator[int]:
+    """The processes that torchrun or accelerate launch started work together inside; gives this process's rank."""
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0
+        return
+    # Only JSON data and features are exchanged, from the CPU; while the first process computes, the others wait.
+    dist.init_process_group("gloo", timeout=timedelta(days=1))
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
 
 
 def say(text: str = "") -> None:
@@ -94,16 +114,13 @@ def output_folder(path: str) -> Path:
 def data_config(source: str, size: int, limit: int | None = None, workers: int = 0) -> Any:
     """A data config that reads `source` in order as validation data, centre-cropped to size × size pixels.
 
-    `sample:photos/train` and `sample:photos/val` name the parts of a sample set. Raises ConfigError on a size below 1.
+    Raises ConfigError on a size below 1 or a limit below 1.
     """
     from tokenizers_lab.errors import ConfigError
     from tokenizers_lab.settings import ImageDataConfig
 
     if size < 1:
         raise ConfigError(f"--size must be at least 1, not {size}")
-    if source.startswith("sample:") and "/" in source:
-        from tokenizers_lab.data.sources import sample_path
-
-        name, split = source.removeprefix("sample:").split("/", 1)
-        source = str(sample_path(name, split))
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit must be at least 1, not {limit}")
     return ImageDataConfig(train=source, val=source, size=size, val_limit=limit, workers=workers)

@@ -1,6 +1,6 @@
 """What a data loader yields."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ class ImageBatch:
     images: Tensor
     keys: list[str]
     labels: Tensor | None = None      # (B,) int64
+    converted: dict[str, str] = field(default_factory=dict)   # validation: key -> what an image was stored as, if not 8-bit RGB
 
     def __len__(self) -> int:
         return len(self.images)

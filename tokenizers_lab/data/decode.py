@@ -84,6 +84,19 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
         raise DataError(f"{name}: truncated or damaged ({_one_line(error)})") from error
 
 
+def converted_from(image: Image.Image) -> str | None:
+    """What an opened image (`open_image`), not decoded yet, is converted from to 8-bit RGB; None if it is that already."""
+    if image.mode.startswith(("I", "F")):
+        return "grey, 16 bits or more"
+    if any(";16" in str(tile) for tile in getattr(image, "tile", ())):      # Pillow calls 16-bit colour RGB too
+        return "16 bits a channel"
+    if image.mode in ("1", "L"):
+        return "grey"
+    if image.has_transparency_data:
+        return "transparency, over white"
+    return {"RGB": None, "P": "palette", "YCbCr": None}.get(image.mode, image.mode)
+
+
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height after the rotation that the EXIF header asks for. Exact for JPEG, whose header precedes its pixels."""
     width, height = image.size

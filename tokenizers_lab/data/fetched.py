@@ -20,6 +20,7 @@ class Fetched:
     keys: list[str] = field(default_factory=list)
     labels: Tensor | None = None       # (B,) int64
     bad: list[Bad] = field(default_factory=list)
+    converted: dict[str, str] = field(default_factory=dict)   # validation: key -> what it was stored as, if not 8-bit RGB
     error: str | None = None           # a DataError's line
     stream: int = 0                    # shards: which of the rank's streams this is
     position: list[int] | None = None  # shards: that stream's epoch, place and index after this batch
@@ -35,7 +36,7 @@ class Fetched:
     def batch(self) -> ImageBatch:
         """The batch as training sees it."""
         assert self.images is not None
-        return ImageBatch(images=_to_float(self.images), keys=self.keys, labels=self.labels)
+        return ImageBatch(images=_to_float(self.images), keys=self.keys, labels=self.labels, converted=self.converted)
 
 
 def assemble(views: Sequence[Image.Image], keys: list[str], labels: Sequence[int | None]) -> Fetched:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from tokenizers_lab.data.decode import EXTENSIONS, open_image
+from tokenizers_lab.data.decode import EXTENSIONS, converted_from, open_image
 from tokenizers_lab.data.fetched import Fetched, assemble
 from tokenizers_lab.data.quarantine import Bad
 from tokenizers_lab.data.sampling import batch_positions, sample_index, substitute_index, view_numbers
@@ -124,17 +124,21 @@ class FolderValidation(Dataset):
         return -(-len(self.chosen) // self.batch_size)
 
     def __getitem__(self, number: int) -> Fetched:
-        views, keys, labels = [], [], []
+        views, keys, labels, converted = [], [], [], dict[str, str]()
         for index in self.chosen[number * self.batch_size : (number + 1) * self.batch_size]:
             key = self.folder.names[index]
             try:
                 with open_image(self.folder.root / key, self.cfg.max_pixels) as image:
+                    if (stored := converted_from(image)) is not None:
+                        converted[key] = stored
                     views.append(validation_view(image, self.cfg, str(self.folder.root / key)))
             except DataError as error:
                 return Fetched(error=str(error))
             keys.append(key)
             labels.append(self.folder.label(index))
-        return assemble(views, keys, labels)
+        batch = assemble(views, keys, labels)
+        batch.converted = converted
+        return batch
 
 
 def _walk(folder: str, prefix: str, folders: dict[str, int], parents: frozenset[str]) -> Iterator[str]:

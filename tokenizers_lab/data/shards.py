@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tokenizers_lab.data.decode import open_image
+from tokenizers_lab.data.decode import converted_from, open_image
 from tokenizers_lab.data.fetched import Fetched, assemble
 from tokenizers_lab.data.quarantine import Bad
 from tokenizers_lab.data.sampling import view_numbers
@@ -211,14 +211,18 @@ class ShardValidation(IterableDataset):
             raise DataError(f"the validation shards hold no sample; their images are read from {', '.join(IMAGE_PARTS)}")
 
     def _decode(self, raw: list[tuple[str, dict[str, Any]]]) -> Fetched:
-        views, keys, labels = [], [], []
+        views, keys, labels, converted = [], [], [], dict[str, str]()
         for url, sample in raw:
             name = sample_name(url, sample)
             with open_image(sample_image(sample, name), self.cfg.max_pixels, name) as image:
+                if (stored := converted_from(image)) is not None:
+                    converted[name] = stored
                 views.append(validation_view(image, self.cfg, name))
             keys.append(name)
             labels.append(sample_label(sample, name))
-        return assemble(views, keys, labels)
+        batch = assemble(views, keys, labels)
+        batch.converted = converted
+        return batch
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:

@@ -22,12 +22,13 @@ class Source:
 
 
 def resolve_source(source: str, split: str) -> Source:
-    """What a source string names. split, `train` or `val`, picks the part of a sample set.
+    """What a source string names. split, `train` or `val`, is the part of a sample set, unless named: sample:photos/val.
 
     Raises DataError if nothing is there, in one line that says what was looked for.
     """
     if source.startswith("sample:"):
-        return Source(folder=sample_path(source.removeprefix("sample:"), split))
+        name, _, part = source.removeprefix("sample:").partition("/")
+        return Source(folder=sample_path(name, part or split))
     if "://" in source or _ARCHIVE.search(source):
         return Source(shards=tuple(expand_shards(source)))
     folder = Path(source).expanduser()

@@ -1,0 +1,171 @@
+"""Everything that `toklab eval` measures of one model on one set of images, in one pass."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenizers_lab.data.batch import ImageBatch
+from tokenizers_lab.data.folder import open_folder
+from tokenizers_lab.data.loader import validation_batches
+from tokenizers_lab.data.sources import resolve_source
+from tokenizers_lab.errors import InputError, WeightsMissing
+from tokenizers_lab.settings import ImageDataConfig
+from tokenizers_lab.tokenizer import ImageTokenizer
+
+from . import feature_metrics, image_metrics
+from .candidates import Candidate
+from .feature_metrics import NEED_IMAGES, Reference
+from .features import FeatureExtractor, build_extractor
+from .gather import in_step, on_first, processes
+from .images import data_protocol, evaluate_images
+from .rfid import collect_features, evaluate_rfid, reference_statistics
+from .statistics import content_hash, read_statistics
+
+LATENTS = "latents"
+KINDS = ("inception", "random", "teacher")
+AGAINST_ORIGINALS, AGAINST_REFERENCE = "rfid", "fid"
+Batches = Iterable[ImageBatch]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Metric names by what they are computed from."""
+
+    pairs: tuple[str, ...]         # an image and its reconstruction
+    features: tuple[str, ...]      # features of sets of images
+    latents: bool
+
+
+def plan_metrics(names: Sequence[str], reference: bool = False) -> Plan:
+    """Sort metric names. Raises InputError for an unknown one, for `fid` without a reference and `rfid` with one."""
+    pairs, features = [], []
+    for name in names:
+        if name in feature_metrics.METRICS:
+            features.append(name)
+        elif name in image_metrics.METRICS or name in image_metrics.ALIASES:
+            pairs.append(name)
+        elif name != LATENTS:
+            known = [*image_metrics.METRICS, *image_metrics.ALIASES, *feature_metrics.METRICS, LATENTS]
+            raise InputError(f"there is no metric '{name}'; known: {', '.join(known)}")
+    if reference and AGAINST_ORIGINALS in features:
+        raise InputError("rfid compares reconstructions with their originals: against another reference it is fid")
+    if not reference and AGAINST_REFERENCE in features:
+        raise InputError("fid needs a reference (--reference): against the originals themselves it is rfid")
+    if reference and not features:
+        raise InputError("a reference is for fid, sfid, kid, precision and recall: none of them was asked for")
+    return Plan(tuple(image_metrics.expand_names(pairs)), tuple(dict.fromkeys(features)), LATENTS in names)
+
+
+def load_extractor(features: str, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """The network of that kind, or Inception with the weights of a file. Raises as `features.build_extractor`."""
+    if features in KINDS:
+        try:
+            return build_extractor(features, device=device)
+        except WeightsMissing as error:
+            if features != "inception":
+                raise
+            raise WeightsMissing(f"{error}; random and teacher features (--features) need no such file, but what they give is "
+                                 "not FID and not called so") from error
+    if not Path(features).expanduser().is_file():
+        raise InputError(f"there are no features '{features}': known are {', '.join(KINDS)}, or a file of Inception's weights")
+    return build_extractor("inception", features, device)
+
+
+def load_reference(
+    source: str, extractor: FeatureExtractor, metrics: Sequence[str], data: ImageDataConfig, batch_size: int = 16,
+    progress: Callable[[Batches, str], Batches] | None = None,
+) -> Reference:
+    """A statistics file (.npz: ours, ADM's), or a folder of images prepared as `data` is; for all processes.
+
+    A folder's statistics are kept in our cache by the hash of its files; its features are computed anew where kid, precision
+    or recall need them. Raises DataError, InputError.
+    """
+    if source.endswith(".npz"):
+        pooled, early = read_statistics(source)
+        return Reference(statistics=pooled, spatial_statistics=early, source={"file": source, **pooled.source})
+    cfg = ImageDataConfig(train=source, val=source, size=data.size, workers=data.workers)
+    root = resolve_source(source, "val").folder
+    if root is None:
+        raise InputError(f"a reference is an .npz file of statistics or a folder of images, not {source}")
+    folder = open_folder(root)
+    digest = on_first(lambda: content_hash([root / name for name in folder.names], root))
+    images = {**data_protocol(cfg), "content_hash": digest, "n": len(folder)}
+    del images["source"], images["limit"]      # the same files under another name are the same reference
+    spatial = "sfid" in metrics
+
+    def batches() -> Batches:
+        mine = validation_batches(cfg, batch_size, *processes())
+        return mine if progress is None else progress(mine, "reference")
+
+    if any(name in NEED_IMAGES for name in metrics):
+        reference = Reference(collect_features(batches, extractor, spatial))
+        return Reference(reference.features, source={"folder": source, "images": images, **extractor.protocol()})
+    reference = reference_statistics(batches, extractor, images, spatial)
+    assert reference.statistics is not None      # that is what it makes
+    reference.source = {"folder": source, **reference.statistics.source}
+    return reference
+
+
+def evaluate(
+    model: ImageTokenizer | Candidate,
+    data: ImageDataConfig,
+    metrics: Sequence[str],
+    *,
+    features: str = "inception",
+    reference: str | None = None,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
+    allow_missing: bool = False,
+    progress: Callable[[Batches, str], Batches] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The result of `evaluate_rfid`, or of `evaluate_images` where no metric needs features, with `latents` if asked for.
+
+    metrics: names of single images, of sets of images, and `latents`. features: inception, random, teacher, or a file.
+    reference: of fid, sfid, kid, precision and recall instead of the originals (`load_reference`).
+    Under torch.distributed each process reads its own share of the data, every image once, and gets the whole result.
+    progress: wraps batches. options: of `evaluate_images`. Raises TokenizersLabError of every kind.
+    """
+    plan = plan_metrics(metrics, reference is not None)
+    extractor, why = None, ""
+    if plan.features:
+        try:
+            extractor = in_step(lambda: load_extractor(features, device))
+        except WeightsMissing as error:
+            if not allow_missing:
+                raise
+            why = str(error)
+    if extractor is not None:
+        feature_metrics.check_metrics(plan.features, extractor)
+    mine: Batches = validation_batches(data, batch_size, *processes())
+    mine = mine if progress is None else progress(mine, "evaluating")
+    options |= {"data": data_protocol(data), "allow_missing": allow_missing, "latents": plan.latents}
+    if extractor is None:
+        result = evaluate_images(model, mine, plan.pairs, **options)
+        for row in result["rows"]:
+            row["metrics"] |= {name: _absent(name, why) for name in plan.features}
+        return result
+    found = None if reference is None else load_reference(reference, extractor, plan.features, data, batch_size, progress)
+    result = evaluate_rfid(model, mine, extractor, plan.features, image_metrics=plan.pairs, reference=found, **options)
+    result["warnings"] = reference_warnings(found, result["protocol"])
+    return result
+
+
+def _absent(name: str, why: str) -> dict[str, Any]:
+    return {"title": feature_metrics.METRICS[name][0], "value": None, "missing": why}
+
+
+def reference_warnings(reference: Reference | None, protocol: dict[str, Any]) -> list[str]:
+    """What makes a reference another protocol than that of the images, in words; empty where nothing is known to."""
+    if reference is None or reference.name is None:
+        return []
+    images = reference.name.get("images")
+    if not isinstance(images, dict):
+        return ["the statistics file does not say how its images were cropped and resized before the network's own resize"]
+    return [
+        f"the reference's images were prepared otherwise ({what}: {images.get(what)}) than these ({protocol.get(what)})"
+        for what in ("resize", "crop") if images.get(what) != protocol.get(what)
+    ]
