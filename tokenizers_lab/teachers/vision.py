@@ -47,6 +47,7 @@ class VisionTeacher(nn.Module):
         config: Any = getattr(network, "config", None)
         self.is_transformers = hasattr(config, "model_type")
         if kind == "cnn":
+            self.network.to(memory_format=torch.channels_last)      # type: ignore[call-overload]   # a third less time
             self.stage, self.stride, self.width = choose_stage(network, self.network_size((0, 0), None), grid)
             self.prefix = 0
         elif self.is_transformers:

@@ -210,7 +210,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                     tracker.progress(state.step, stage.name, note)
                     interval_began, interval_steps = time.monotonic(), 0
                 else:
-                    tracker.progress(state.step, stage.name, "")
+                    tracker.progress(state.step, stage.name)
             accelerator.free_memory()
     tracker.close()
     return RunResult(run, state.step, total_steps, "finished")

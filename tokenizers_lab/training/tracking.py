@@ -20,7 +20,7 @@ class Tracker:
     def __init__(self, run: Path, total: int, start: int, main: bool, accelerator: Any = None):
         self.main, self.file, self.total, self.accelerator = main, run / "metrics.jsonl", total, accelerator
         self.console = Console(file=sys.stderr, highlight=False)
-        self._last_line, self._bar = 0.0, None
+        self._last_line, self._bar, self._note = 0.0, None, ""
         if not main:
             return
         keep_records(self.file, start)
@@ -42,8 +42,10 @@ class Tracker:
         if kind == "val":
             self.say(f"step {step} validation: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
-    def progress(self, step: int, stage: str, note: str) -> None:
-        """Move the bar, or print a line now and then."""
+    def progress(self, step: int, stage: str, note: str | None = None) -> None:
+        """Move the bar, or print a line now and then; without a note the last one stays."""
+        self._note = self._note if note is None else note
+        note = self._note
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=stage, note=note)
         elif self.main and time.monotonic() - self._last_line > PLAIN_EVERY:
