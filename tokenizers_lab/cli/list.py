@@ -18,9 +18,11 @@ def run(args: argparse.Namespace) -> int:
     from tokenizers_lab.config import find_recipe, list_recipes
     from tokenizers_lab.registry import systems
 
+    recipes = list_recipes()
     say("systems")
     for name, system in systems().items():
-        status = ["trains"]
+        trains = any(recipe.startswith(f"{name}/") for recipe in recipes)
+        status = ["trains" if trains else "network and losses; no recipe yet, so it does not train"]
         if system.convert:
             status.append(f"loads the authors' weights ({name}/official)")
         if system.parity:
@@ -30,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"  {'':<12} {'':<7} {'; '.join(status)}")
     say()
     say("recipes (toklab train NAME, toklab config NAME)")
-    for name in list_recipes():
+    for name in recipes:
         say(f"  {name:<34} {first_comment(find_recipe(name))}")
     return 0
 

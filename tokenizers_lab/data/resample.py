@@ -113,7 +113,8 @@ def _table(step: int, group: int, device: str) -> torch.nn.Module:
     from torchaudio.transforms import Resample  # only those who resample need it
 
     # Asked for no type, it computes the phases in float32 and is 2e-6 off.
-    return Resample(step, group, lowpass_filter_width=LOBES, rolloff=ROLLOFF, dtype=torch.float64).float().to(device)
+    with torch.inference_mode(False):      # the table must serve gradients too
+        return Resample(step, group, lowpass_filter_width=LOBES, rolloff=ROLLOFF, dtype=torch.float64).float().to(device)
 
 
 def _direct(padded: Tensor, step: int, group: int, samples: int) -> Tensor:
