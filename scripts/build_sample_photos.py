@@ -13,10 +13,10 @@ import hashlib
 import importlib.util
 import io
 import re
-import subprocess
 import tempfile
 from pathlib import Path
 
+from debian_packages import unpack
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -60,13 +60,7 @@ with tempfile.TemporaryDirectory() as scratch:
                 raise SystemExit(f"{package} is not installed: pip install {package}")
             folders[package] = Path(spec.origin).parents[1]
             continue
-        if args.packages is None:
-            subprocess.run(["apt-get", "download", package], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
-        archives = sorted((args.packages or Path(scratch)).glob(f"{package}_*.deb"))
-        if not archives:
-            raise SystemExit(f"there is no {package}_*.deb in {args.packages}")
-        folders[package] = Path(scratch, package)
-        subprocess.run(["dpkg-deb", "-x", archives[-1], folders[package]], check=True)
+        folders |= unpack([package], Path(scratch), args.packages)
 
     # 2. Scale each photograph down once, and cut its pictures out.
     done: tuple[str, Image.Image] | None = None
