@@ -1,0 +1,224 @@
+"""Losses of DM-Codec (arXiv 2410.15017, sec. 3): reconstruction, adversarial, commitment, and distillation by two teachers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tokenizers_lab.discriminators.mpd import MultiPeriodDiscriminator
+from tokenizers_lab.discriminators.msd import MultiScaleDiscriminator
+from tokenizers_lab.discriminators.msstft import MultiScaleSTFTDiscriminator
+from tokenizers_lab.discriminators.result import Judgement
+from tokenizers_lab.distillation import dimension_distance, frame_distance
+from tokenizers_lab.draw import Draw
+from tokenizers_lab.errors import ConfigError
+from tokenizers_lab.losses.adversarial import (
+    feature_matching,
+    frozen_parameters,
+    least_squares_discriminator,
+    least_squares_generator,
+)
+from tokenizers_lab.losses.spectral import MultiScaleMelLoss
+from tokenizers_lab.quantizers.result import QuantizerResult
+from tokenizers_lab.training.objective import Losses, Objective
+
+from .config import ModelConfig, ObjectiveConfig, check_objective
+from .convert import build_transform
+from .model import DMCodec
+
+TEACHERS = ("sm", "lm")      # speech model, language model
+
+
+@dataclass
+class Coded:
+    """What the codec makes of a training batch, on the way to its losses."""
+
+    audio: Tensor                # (B, 1, samples) in [−1, 1], cut to the reconstruction's length
+    encoded: Tensor              # (B, D, T), the encoder's output
+    quantized: QuantizerResult
+    reconstruction: Tensor       # (B, 1, samples) about [−1, 1], cut to the audio's length
+
+
+class DMCodecObjective(Objective):
+    """The paper's losses, the map to the teachers' width, the teachers and three families of discriminators.
+
+    Features of the teachers come with the batch (`features`: sm, lm), else from the frozen teachers.
+    `build_frozen=False` leaves these out. Raises WeightsMissing if a teacher is nowhere found.
+    """
+
+    cfg: ObjectiveConfig
+
+    def __init__(self, cfg: ObjectiveConfig, model: ModelConfig, build_frozen: bool = True):
+        super().__init__(cfg)
+        check_objective(cfg, model)
+        self.heads["transform"] = build_transform(model.width, cfg.teacher_width)
+        sizes = cfg.discriminators
+        self.discriminators["mpd"] = MultiPeriodDiscriminator(sizes.periods, sizes.period_channels)
+        self.discriminators["msd"] = MultiScaleDiscriminator(sizes.scales, sizes.scale_channels)
+        self.discriminators["msstft"] = MultiScaleSTFTDiscriminator(sizes.windows, sizes.stft_filters)
+        mel = cfg.mel
+        self.frozen["mel"] = MultiScaleMelLoss(
+            model.sample_rate, mel.n_fft, mel.hop, mel.window, mel.bands, len(mel.weights), mel.low, mel.high)
+        if build_frozen:
+            self.build_frozen()
+
+    def build_frozen(self) -> None:
+        """Load the teachers that the guidance needs and that do not come with the data."""
+        from tokenizers_lab.teachers.language import build_language_teacher
+        from tokenizers_lab.teachers.ssl import build_recognizer, build_ssl_teacher
+
+        for name, teacher in (("sm", self.cfg.speech_teacher), ("lm", self.cfg.language_teacher)):
+            if name in self.guides() and teacher.backend != "none":
+                build = build_ssl_teacher if name == "sm" else build_language_teacher
+                self.frozen[f"teacher_{name}"] = build(teacher.source, teacher.layer)
+                width = self.frozen[f"teacher_{name}"].width
+                if width != self.cfg.teacher_width:
+                    raise ConfigError(f"{teacher.source} is {width} wide: set objective.teacher_width={width}")
+        if "teacher_lm" in self.frozen and self.cfg.recognizer.backend != "none":
+            self.frozen["recognizer"] = build_recognizer(self.cfg.recognizer.source)
+
+    def provenance(self) -> dict[str, str]:
+        """Where teachers and recognizer come from."""
+        names = {"teacher_sm": "teacher.sm", "teacher_lm": "teacher.lm", "recognizer": "recognizer"}
+        return {shown: str(self.frozen[name].provenance) for name, shown in names.items() if name in self.frozen}
+
+    def guides(self) -> tuple[str, ...]:
+        """The teachers that the guidance names."""
+        return TEACHERS if self.cfg.guidance == "combined" else (self.cfg.guidance,)
+
+    # --- forward ----------------------------------------------------------------------------------------------------------
+
+    def autoencode(self, tokenizer: DMCodec, audio: Tensor, draw: Draw) -> Coded:
+        """Encode, quantize (in training the codebooks move), decode. audio: (B, 1, samples)."""
+        encoded = tokenizer.encoder(audio)                                                # (B, D, T)
+        quantized = tokenizer.quantizer(encoded, draw)
+        reconstruction = tokenizer.decoder(quantized.quantized).to(audio.dtype)
+        samples = min(audio.shape[2], reconstruction.shape[2])
+        return Coded(audio[..., :samples], encoded, quantized, reconstruction[..., :samples])
+
+    def passes(self, tokenizer: DMCodec, audio: Tensor, draw: Draw) -> list[Coded]:
+        """One forward; with `lock` two, of which the first counts for all but the teacher that is not locked."""
+        made = [self.autoencode(tokenizer, audio, draw)]
+        if self.cfg.lock != "none":
+            made.append(self.autoencode(tokenizer, audio, draw.within("second")))
+        return made
+
+    def feature(self, coded: Coded, layer: int) -> Tensor:
+        """What follows the teachers: (B, T, teacher width) from the value of one codebook."""
+        return self.heads["transform"](coded.quantized.layers[layer].transpose(1, 2).to(coded.audio.dtype))
+
+    def student(self, name: str, made: list[Coded]) -> Tensor:
+        """The feature that follows this teacher."""
+        if self.cfg.lock == "none":
+            return self.feature(made[0], self.cfg.layer)
+        return self.feature(made[0], 0) if name == self.cfg.lock else self.feature(made[1], self.cfg.layer)
+
+    def target(self, name: str, batch: Any, frames: int) -> Tensor:
+        """Features (B, T, teacher width) of a teacher: those of the batch, else computed. Raises ConfigError without either."""
+        given = getattr(batch, "features", None) or {}
+        if name in given:
+            return given[name]
+        if f"teacher_{name}" not in self.frozen:
+            raise ConfigError(f"the batch has no features '{name}' and no such teacher was built: precompute them or name one")
+        teacher: Any = self.frozen[f"teacher_{name}"]
+        audio = batch.audio.mean(1)
+        if name == "sm":
+            return teacher.features(audio)
+        texts = getattr(batch, "texts", None)
+        if texts is None or any(text is None for text in texts):
+            if "recognizer" not in self.frozen:
+                raise ConfigError("the language model needs transcripts: put them into the manifest, or name a recognizer")
+            recognizer: Any = self.frozen["recognizer"]
+            texts = recognizer.transcribe(audio)
+        return teacher.features(texts, frames)
+
+    # --- losses -----------------------------------------------------------------------------------------------------------
+
+    def distances(self, made: list[Coded], batch: Any) -> dict[str, Tensor]:
+        """Distance to each teacher of the guidance."""
+        found = {}
+        for name in self.guides():
+            student = self.student(name, made).float()
+            target = self.target(name, batch, student.shape[1]).to(student)
+            if self.cfg.axis == "d":
+                found[name] = dimension_distance(target, student, self.cfg.targets_as_released)
+            else:
+                found[name] = frame_distance(target, student, self.cfg.similarity_weight, self.cfg.targets_as_released)
+        return found
+
+    def distillation(self, distances: dict[str, Tensor]) -> Tensor:
+        """The distance to the one teacher, or the weighted sum of both."""
+        if self.cfg.guidance != "combined":
+            return distances[self.cfg.guidance]
+        return self.cfg.sm_weight * distances["sm"] + self.cfg.lm_weight * distances["lm"]
+
+    def mel(self, coded: Coded) -> tuple[Tensor, Tensor]:
+        """(weighted sum over the scales, the distance at each scale)."""
+        scales = self.frozen["mel"](coded.reconstruction, coded.audio)
+        return (scales * scales.new_tensor(self.cfg.mel.weights)).sum(), scales
+
+    def judge(self, audio: Tensor) -> dict[str, list[Judgement]]:
+        """Every discriminator's view of audio (B, 1, samples), by family."""
+        return {family: network(audio) for family, network in self.discriminators.items()}
+
+    def adversarial(self, coded: Coded) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(least-squares generator loss, feature matching × 2) of each family, summed over its members."""
+        with frozen_parameters(self.discriminators):
+            with torch.no_grad():
+                real = self.judge(coded.audio)
+            fake = self.judge(coded.reconstruction)
+        gan = {family: sum_of(least_squares_generator(m.logits) for m in members) for family, members in fake.items()}
+        matching = {
+            family: 2 * sum_of(feature_matching(r.features, f.features) for r, f in zip(real[family], members))
+            for family, members in fake.items()
+        }
+        return gan, matching
+
+    def losses(self, made: list[Coded], batch: Any, active: frozenset[str]) -> Losses:
+        """The active terms of a forward, in float32."""
+        coded = made[0]
+        terms: dict[str, Tensor] = {}
+        logs = {name: value.detach() for name, value in coded.quantized.health.items()}
+        with torch.autocast(coded.audio.device.type, enabled=False):
+            if "waveform" in active:
+                terms["waveform"] = F.l1_loss(coded.reconstruction, coded.audio)
+            if "mel" in active:
+                terms["mel"], scales = self.mel(coded)
+                logs["mel_distance"] = scales[0].detach()
+            if "commitment" in active:
+                terms["commitment"] = coded.quantized.losses["commitment"]
+            if "distillation" in active:
+                distances = self.distances(made, batch)
+                terms["distillation"] = self.distillation(distances)
+                logs |= {f"distance_{name}": value.detach() for name, value in distances.items()}
+            if "gan" in active or "feature_matching" in active:
+                gan, matching = self.adversarial(coded)
+                terms |= {"gan": sum_of(gan.values())} if "gan" in active else {}
+                terms |= {"feature_matching": sum_of(matching.values())} if "feature_matching" in active else {}
+                logs |= {f"gan_{family}": value.detach() for family, value in gan.items()}
+                logs |= {f"feature_matching_{family}": value.detach() for family, value in matching.items()}
+        return Losses(terms, fake=coded.reconstruction, real=coded.audio, logs=logs)
+
+    def generator_losses(self, tokenizer: nn.Module, batch: Any, draw: Draw, active: frozenset[str]) -> Losses:
+        """The terms waveform, mel, commitment, distillation, gan and feature_matching, as far as they are active."""
+        assert isinstance(tokenizer, DMCodec)
+        return self.losses(self.passes(tokenizer, batch.audio, draw), batch, active)
+
+    def discriminator_losses(self, real: Tensor, fake: Tensor) -> Losses:
+        """The least-squares loss of each family, summed over its members. Real first: spectral norm iterates at each forward."""
+        with torch.autocast(real.device.type, enabled=False):
+            judged = self.judge(real), self.judge(fake.detach())
+            terms = {
+                family: sum_of(least_squares_discriminator(r.logits, f.logits) for r, f in zip(judged[0][family], members))
+                for family, members in judged[1].items()
+            }
+        logs = {f"logits_{name}": torch.stack([m.logits.detach().mean() for members in views.values() for m in members]).mean()
+                for name, views in zip(("real", "fake"), judged)}
+        return Losses(terms, logs=logs)
+
+
+def sum_of(values: Any) -> Tensor:
+    """Sum of scalars."""
+    return torch.stack(list(values)).sum()
