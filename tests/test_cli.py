@@ -275,9 +275,90 @@ def test_eval_writes_json(capsys, model):
     assert result["n"] == 3 and [row["role"] for row in result["rows"]] == ["model", "untrained", "baseline"]
     assert result["protocol"]["size"] == [16, 16]
     assert f"{result['rows'][0]['metrics']['psnr']['value']:.2f}" in out
-    assert "no image metric 'psn'" in one_line(toklab(capsys, "eval", model, "sample:photos", "--metrics", "psn", status=2)[1])
+    assert "no metric 'psn'" in one_line(toklab(capsys, "eval", model, "sample:photos", "--metrics", "psn", status=2)[1])
     Path("empty").mkdir()
     assert one_line(toklab(capsys, "eval", model, "empty", "--metrics", "psnr", status=2)[1]).startswith("DataError: ")
+
+
+def test_eval_of_latents_pictures_and_peers(capsys, model, tmp_path):
+    words = ["sample:photos", "--limit", "3", "--size", "16", "--device", "cpu", "--no-baselines"]
+    out, _ = toklab(capsys, "eval", model, *words, "--metrics", "psnr,latents", "--sample", "--no-uint8", "--out", "r.json",
+                    "--pictures", "grid.png")
+    result = json.loads(Path("r.json").read_text())
+    assert result["latents"]["shape"] == [6, 2, 2] and "6 × 2 × 2, 24 floats an image" in out
+    assert result["protocol"]["latents"] == "sampled" and result["protocol"]["rounding"].startswith("none")
+    assert Image.open("grid.png").size[0] > 3 * 128
+    import diffusers
+
+    diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained("kl")
+    out, _ = toklab(capsys, "eval", "diffusers:kl", *words, "--metrics", "psnr")
+    assert out.splitlines()[1] == "diffusers:kl"
+
+
+def test_eval_of_a_folder_of_reconstructions(capsys, tmp_path):
+    for folder, mode in (("data", "RGB"), ("made", "L")):
+        Path(folder).mkdir()
+        for i in range(2):
+            Image.new("RGB", (16, 16), (40 * i, 90, 9)).convert(mode).save(f"{folder}/{i}.png")
+    out, _ = toklab(capsys, "eval", "made", "data", "--metrics", "psnr", "--out", "r.json")
+    assert "2 images of data, 16 px" in out and "note: 2 of the reconstructions were converted to 8-bit RGB from: grey" in out
+    assert json.loads(Path("r.json").read_text())["converted"]["reconstructions"] == {"0.png": "grey", "1.png": "grey"}
+    Path("made/1.png").unlink()
+    assert "no reconstruction of 1.png" in one_line(toklab(capsys, "eval", "made", "data", "--metrics", "psnr", status=2)[1])
+
+
+def test_eval_errors(capsys, model):
+    def error(*words):
+        return one_line(toklab(capsys, "eval", model, "sample:photos", "--limit", "2", *words, status=2)[1])
+
+    offline = error("--metrics", "rfid")
+    assert offline.startswith("WeightsMissing: ") and "weights-inception-2015-12-05-6726825d.pth" in offline
+    assert "put the file into" in offline and "random and teacher features (--features)" in offline
+    assert "fid needs a reference" in error("--metrics", "fid", "--features", "random")
+    assert "there is no statistics file x.npz" in error("--metrics", "fid", "--features", "random", "--reference", "x.npz")
+    assert "--limit must be at least 1" in error("--limit", "0", "--metrics", "psnr")
+    assert "--batch-size must be at least 1" in error("--batch-size", "0")
+    broken = load(model)
+    with torch.no_grad():
+        broken.decoder.conv_out.bias.fill_(float("nan"))
+    broken.save_pretrained(model)
+    assert "gave NaN or infinite pixels for" in error("--metrics", "psnr")
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    """toklab in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tokenizers_lab"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.terminate()      # torchrun then ends its processes too
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@pytest.mark.parametrize("metrics", [
+    "psnr,latents", pytest.param("psnr,ssim,rfid,sfid,kid,is,precision,recall,latents", marks=pytest.mark.slow)])
+def test_two_processes_evaluate_as_one(capsys, model, metrics):
+    words = ["eval", model, "sample:photos", "--metrics", metrics, "--features", "random", "--limit", "5", "--device", "cpu"]
+    found = torchrun(*words, "--batch-size", "1", "--out", "two.json")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("5 images of sample:photos") == found.stdout.count("result: two.json") == 1
+    toklab(capsys, *words, "--batch-size", "3", "--out", "one.json")
+    one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one.pop("environment").keys() == two.pop("environment").keys()
+    assert json.dumps(one) == json.dumps(two) and one["n"] == 5
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all_with_one_line(model):
+    Path("data").mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16)).save(f"data/{i}.png")
+    Path("data/1.png").write_bytes(b"no picture")      # the second process's share
+    found = torchrun("eval", model, "data", "--metrics", "psnr", "--device", "cpu")
+    assert found.returncode != 0 and found.stdout == ""
+    assert found.stderr.count("DataError: ") == 1 and "1.png: not an image" in found.stderr
 
 
 def test_latent_stats_normalise_latents(capsys, model, photo):

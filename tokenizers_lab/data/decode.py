@@ -88,13 +88,19 @@ def converted_from(image: Image.Image) -> str | None:
     """What an opened image (`open_image`), not decoded yet, is converted from to 8-bit RGB; None if it is that already."""
     if image.mode.startswith(("I", "F")):
         return "grey, 16 bits or more"
-    if any(";16" in str(tile) for tile in getattr(image, "tile", ())):      # Pillow calls 16-bit colour RGB too
+    if _is_deep(image):
         return "16 bits a channel"
     if image.mode in ("1", "L"):
         return "grey"
     if image.has_transparency_data:
         return "transparency, over white"
     return {"RGB": None, "P": "palette", "YCbCr": None}.get(image.mode, image.mode)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether an opened colour image has 16 bits a channel, which Pillow's mode RGB does not tell."""
+    tiles = [str(tile) for tile in getattr(image, "tile", ())]
+    return any(";16" in tile for tile in tiles) or (image.format == "PPM" and any("65535" in tile for tile in tiles))
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
