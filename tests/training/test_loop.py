@@ -115,13 +115,13 @@ def test_starting_weights(config, tmp_path):
     second = train(config("name=second", f"init_from={first}", "stages.0.lr=0", "train.ema=0.0")).folder
     start, end = load(str(first)).state_dict(), weights(second)
     assert all(torch.equal(start[k], end[k]) for k in start)
-    with pytest.raises(CheckpointError, match="init_from.*shape"):
+    with pytest.raises(CheckpointError, match=r"init_from.*shape"):
         train(config("name=third", f"init_from={first}", "model.latent_channels=8"))
 
 
 def test_a_run_is_never_overwritten_nor_mixed_by_accident(config):
     train(config())
-    with pytest.raises(TrainingError, match="--resume.*--fresh"):
+    with pytest.raises(TrainingError, match=r"--resume.*--fresh"):
         train(config())
     with pytest.raises(ConfigError, match="another 'model'"):
         train(config("model.decoder.depth=2"), resume="must")
@@ -158,7 +158,7 @@ def test_validation_keeps_the_best_checkpoint(config):
 
 
 def test_impossible_batches_and_missing_data(config, tmp_path):
-    with pytest.raises(ConfigError, match="micro-batches|multiple"):
+    with pytest.raises(ConfigError, match=r"micro-batches|multiple"):
         train(config("train.batch_size=5", "train.accumulate=2"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError):
