@@ -237,6 +237,8 @@ def _fetch_official(system: str, release: dict[str, Any], name: str) -> Path:
     """The authors' file from the hub's cache, else from the hub. Raises WeightsMissing."""
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
+    if "download" in release:      # not on the hub
+        raise WeightsMissing(f"{system}/official needs {name}: download it ({release['download']}) and set {OFFICIAL_ENV}=FOLDER")
     cached = try_to_load_from_cache(release["hub_id"], name, revision=release["revision"])
     if isinstance(cached, str):
         return Path(cached)

@@ -13,7 +13,8 @@ from .config import ModelConfig
 from .model import DMCodec
 
 OFFICIAL = {
-    "hub_id": "mubtasimahasan/DM-Codec",      # on GitHub; the files are on a file-sharing service that its README links
+    "hub_id": "mubtasimahasan/DM-Codec",      # of the code, on GitHub
+    "download": "links in the README of https://github.com/mubtasimahasan/DM-Codec",
     "revision": "25c742ad5f4ee2033031d68fe7dc6045b67d33e4",
     "files": ["DM-Codec_checkpoint_LM_SM.pt", "DM-Codec_checkpoint_LM.pt"],
     "licence": "Apache-2.0",

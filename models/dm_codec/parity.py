@@ -196,7 +196,7 @@ def snake_tensors(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def kmeans_tensors(codec: DMCodec, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """k-means of the encoder's vectors from the given rows; also of the first 9 of them only."""
+    """k-means of the encoder's vectors from the given rows; also of the first 9 vectors only, fewer than codes."""
     rows = codec.encoder(given["wav"]).transpose(1, 2).flatten(0, 1)
     runs = [("", "kmeans.rand_idx", rows, 50), ("_iter1", "kmeans.rand_idx", rows, 1),
             ("_fewer_samples", "kmeans.rand_idx_fewer_samples", rows[:9], 10)]
