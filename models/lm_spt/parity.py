@@ -53,7 +53,8 @@ def compute(folder: Path, given: dict[str, Tensor]) -> dict[str, Tensor]:
     batch = segments(given, config, tokenizer, objective.teacher.sample_rate)
     result = {"data.speech": batch.audio.squeeze(1), "data.duration_total": batch.seconds}
     result |= inference(tokenizer, batch.audio, given)
-    result |= quantizer_tensors("q", tokenizer.quantizer, given, config["constructor_args"]["quantizer_dropout"])
+    dropout = objective.cfg.quantizer_dropout
+    result |= quantizer_tensors("q", tokenizer.quantizer, given, dropout)
     result |= usage(tokenizer.quantizer, given)
     if "fsq_variant" in config:
         fsq = variant_quantizer(folder / "fsq_quantizer.safetensors", config["fsq_variant"])
@@ -220,14 +221,15 @@ def update(
 ) -> dict[str, Tensor]:
     """One clipped AdamW step from zero state: gradients and parameters after it by official name, norms of the parts."""
     settings = OptimizerConfig(betas=tuple(train["betas"]), eps=train["eps"], weight_decay=train["weight_decay"])
-    optimizer = build_optimizer(named.items(), settings)
+    unique = {id(p): (name, p) for name, p in named.items()}.values()           # a shared encoder has two names
+    optimizer = build_optimizer(unique, settings)
     set_learning_rate(optimizer, lr)
     optimizer.zero_grad()
     loss.backward()
     result = {f"grad.{name}": p.grad.clone() for name, p in named.items() if p.grad is not None}
     for part, module in (parts or {}).items():
         result[f"grad_norm.{part}"] = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-    result["grad_norm.total"] = torch.nn.utils.clip_grad_norm_(named.values(), train["clip_grad_norm"])
+    result["grad_norm.total"] = torch.nn.utils.clip_grad_norm_([p for _, p in unique], train["clip_grad_norm"])
     optimizer.step()
     return result | {f"step.param_after.{name}": p.detach().clone() for name, p in named.items()}
 
@@ -244,6 +246,8 @@ def generator_parts(tokenizer: LMSPT) -> dict[str, nn.Module]:
 def term_norms(tokenizer: LMSPT, term: Tensor) -> dict[str, Tensor]:
     """L2 norm of a term's gradient in every part."""
     parts = {name: list(part.parameters()) for name, part in generator_parts(tokenizer).items()}
+    if not term.requires_grad:      # FSQ's losses are 0
+        return {name: torch.zeros(()) for name in parts}
     gradients = torch.autograd.grad(term, [p for part in parts.values() for p in part], retain_graph=True, allow_unused=True)
     found = iter(gradients)
     return {name: torch.nn.utils.get_total_norm([g for g in (next(found) for _ in part) if g is not None] or [torch.zeros(1)])

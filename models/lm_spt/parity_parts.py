@@ -136,9 +136,9 @@ def quantizer_tensors(prefix: str, quantizer: DualRVQ, given: dict[str, Tensor],
             "encode.codes": codes.transpose(0, 1), "decode.z_q": quantizer.decode(codes),
             "decode.z_q_semantic": quantizer.decode_semantic(codes), "decode.z_q_acoustic_only": quantizer.decode_acoustic(codes),
         }
-        quantizer.subtract = not quantizer.subtract
+        subtracts, quantizer.subtract = quantizer.subtract, False
         result["no_subtraction.codes"] = quantizer.encode(*latents).transpose(0, 1)
-        quantizer.subtract = not quantizer.subtract
+        quantizer.subtract = subtracts
     draw = GivenDraw(given, {"quantizer_dropout": ("q.rand_dropout_acoustic",)})
     used = dropout_levels(draw, "quantizer_dropout", len(latents[0]), quantizer.acoustic.codebooks, dropout)
     made = quantizer.train()(*latents, used)
@@ -212,9 +212,9 @@ def teacher_tensors(objective: LMSPTObjective, made: Resynthesis, batch: Batch) 
         features = teacher.encode(mel)
         result |= {f"teacher.features_{name}_first": features[:, :TOKENS], f"teacher.features_{name}_mean": features.mean(1)}
     whole = objective.cfg
-    for kind in ("l1", "l2"):
+    for name, kind in (("l1", "l1"), ("mse", "l2")):
         objective.cfg = replace(whole, distill_loss=kind)
-        result[f"loss.distill_{kind}"] = objective.distill(made.resynthesis, batch.teacher_audio)
+        result[f"loss.distill_{name}"] = objective.distill(made.resynthesis, batch.teacher_audio)
     objective.cfg = whole
     return result
 
