@@ -22,7 +22,7 @@ from tokenizers_lab.errors import CheckpointError, ConfigError, TrainingError
 from tokenizers_lab.metrics import IMAGE_METRICS, image_metrics
 from tokenizers_lab.registry import get_system
 from tokenizers_lab.settings import RunConfig, StageConfig
-from tokenizers_lab.tokenizer import Tokenizer, load_weights, read_weights, write_tokenizer_files
+from tokenizers_lab.tokenizer import ImageTokenizer, Tokenizer, load_weights, read_weights, write_tokenizer_files
 from tokenizers_lab.training.checkpoint import STATE, list_checkpoints, load_torch, newest_checkpoint, read_state, save_checkpoint
 from tokenizers_lab.training.objective import Losses, Objective
 from tokenizers_lab.training.signals import StopFlag
@@ -278,6 +278,7 @@ def save_bad_batches(run: Path, step: int, rank: int, batches: list[Any]) -> Pat
 @torch.no_grad()
 def validate(ema: Tokenizer, cfg: RunConfig, accelerator: Accelerator, stop: StopFlag) -> dict[str, float] | None:
     """Held-out means of the metrics with the EMA weights, each sample once over all ranks. None if a signal came."""
+    assert isinstance(ema, ImageTokenizer)
     sums = torch.zeros(len(IMAGE_METRICS) + 2, dtype=torch.float64)      # the metrics, the images, the signal
     micro_batch = max(cfg.train.batch_size // (cfg.train.accumulate * accelerator.num_processes), 1)
     for batch in validation_batches(cfg.data, micro_batch, accelerator.process_index, accelerator.num_processes):
