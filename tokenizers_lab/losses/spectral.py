@@ -34,12 +34,13 @@ def mel_filters(
 
     low, high: Hz (none: half the rate). area_norm: each triangle has area 1 over Hz (Slaney). Narrow bands may hold no bin.
     """
-    bins = torch.linspace(0, sample_rate // 2, n_fft // 2 + 1, dtype=torch.float64)
-    ends = torch.tensor([low, sample_rate / 2 if high is None else high], dtype=torch.float64)
-    first, last = hz_to_mel(ends, scale).tolist()
-    edges = mel_to_hz(torch.linspace(first, last, bands + 2, dtype=torch.float64), scale)       # (bands + 2,)
+    with torch.device("cpu"):      # also where networks are built without memory
+        bins = torch.linspace(0, sample_rate // 2, n_fft // 2 + 1, dtype=torch.float64)
+        ends = torch.tensor([low, sample_rate / 2 if high is None else high], dtype=torch.float64)
+        first, last = hz_to_mel(ends, scale).tolist()
+        edges = mel_to_hz(torch.linspace(first, last, bands + 2, dtype=torch.float64), scale)       # (bands + 2,)
     widths = edges.diff()
-    slopes = edges[None] - bins[:, None]                                                        # (bins, bands + 2)
+    slopes = edges[None] - bins[:, None]                                                            # (bins, bands + 2)
     filters = torch.minimum(-slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]).clamp_min(0)
     if area_norm:
         filters = filters * 2 / (edges[2:] - edges[:-2])
@@ -71,7 +72,8 @@ class MelSpectrogram(nn.Module):
         super().__init__()
         self.n_fft, self.hop, self.center, self.floor = n_fft, hop, center, floor
         self.register_buffer("window", torch.hann_window(window or n_fft), persistent=False)
-        self.register_buffer("filters", mel_filters(sample_rate, n_fft, bands, low, high, scale), persistent=False)
+        filters = mel_filters(sample_rate, n_fft, bands, low, high, scale).to(self.window.device)
+        self.register_buffer("filters", filters, persistent=False)
 
     def forward(self, audio: Tensor) -> Tensor:
         """audio: (B, T) or (B, 1, T). Raises RuntimeError on audio shorter than the padding."""
