@@ -24,9 +24,9 @@ from tokenizers_lab.config_help import field_help
 from tokenizers_lab.config_yaml import parse_value, read_yaml
 from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.registry import System, get_system
-from tokenizers_lab.settings import ImageDataConfig, RunConfig
+from tokenizers_lab.settings import ImageDataConfig, RunConfig, SpeechDataConfig
 
-DATA_CONFIGS: dict[str, type] = {"image": ImageDataConfig}      # by the system's kind
+DATA_CONFIGS: dict[str, type] = {"image": ImageDataConfig, "speech": SpeechDataConfig}      # by the system's kind
 
 
 def load_config(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:

@@ -8,21 +8,24 @@ from typing import Any
 from tokenizers_lab.config_fill import Origins, nearest
 from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.registry import get_system
-from tokenizers_lab.settings import ImageDataConfig, OptimizerConfig, RunConfig, StageConfig, TrainConfig
+from tokenizers_lab.settings import ImageDataConfig, OptimizerConfig, RunConfig, SpeechDataConfig, StageConfig, TrainConfig
 
 CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     ImageDataConfig: {"crop": ("center", "random")},
+    SpeechDataConfig: {"crop": ("random", "fixed", "start")},
     TrainConfig: {"precision": ("no", "bf16")},
     StageConfig: {"schedule": ("cosine", "constant")},
 }
 ABOVE_ZERO: dict[type, tuple[str, ...]] = {
     ImageDataConfig: ("size", "max_pixels"),
+    SpeechDataConfig: ("sample_rate", "channels", "segment_seconds", "max_seconds", "val_seconds"),
     TrainConfig: ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep_last", "max_strikes", "max_minutes"),
     StageConfig: ("steps", "epochs"),
     OptimizerConfig: ("eps",),
 }
 NOT_NEGATIVE: dict[type, tuple[str, ...]] = {
     ImageDataConfig: ("crop_min", "crop_max", "workers", "bad_fraction", "shuffle_buffer"),
+    SpeechDataConfig: ("min_seconds", "workers", "bad_fraction", "shuffle_buffer"),
     TrainConfig: ("validate_every", "keep_best", "ema"),
     StageConfig: ("lr", "discriminator_lr", "warmup", "min_lr"),
     OptimizerConfig: ("weight_decay", "clip"),
@@ -70,6 +73,8 @@ def check_run(cfg: RunConfig, origins: Origins, override_objective: Callable[[An
         refuse("train.best", "must name a validation metric, such as psnr")
     if isinstance(data, ImageDataConfig) and data.crop_max and data.crop_max < (data.crop_min or data.size):
         refuse("data.crop_max", f"{data.crop_max} is below the smallest crop, {data.crop_min or data.size}")
+    if isinstance(data, SpeechDataConfig) and data.max_seconds <= data.min_seconds:
+        refuse("data.max_seconds", f"{data.max_seconds:g} is not above data.min_seconds, {data.min_seconds:g}")
     if not cfg.stages:
         refuse("stages", "a run needs at least one stage")
     names = [s.name for s in cfg.stages]

@@ -11,6 +11,7 @@ from data_images import data_config, jpeg, write_shards
 from test_loader import same, take
 
 from tokenizers_lab.data import shards as shards_module
+from tokenizers_lab.data.images import ImageReader
 from tokenizers_lab.data.loader import build_loader, len_samples, validation_batches
 from tokenizers_lab.data.shards import ShardStream, read_ahead, shard_samples
 from tokenizers_lab.errors import CheckpointError, DataError
@@ -116,8 +117,8 @@ def test_resuming_decodes_nothing_that_it_skips(tars, monkeypatch):
     cfg = data_config(tars / "2.tar")
     whole = take(build_loader(cfg, 2, 0), 4)
     opened = []
-    view = shards_module.training_view
-    monkeypatch.setattr(shards_module, "training_view", lambda *args: (opened.append(args[-1]), view(*args))[1])
+    view = ImageReader.training
+    monkeypatch.setattr(ImageReader, "training", lambda self, raw, numbers: (opened.append(raw.key), view(self, raw, numbers))[1])
     batch, _ = next(build_loader(cfg, 2, 0, state=whole[2][1]))
     assert opened == batch.keys == whole[3][0].keys
 

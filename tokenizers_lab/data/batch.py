@@ -22,3 +22,27 @@ class ImageBatch:
         """The same batch on a device."""
         labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
         return replace(self, images=self.images.to(device, non_blocking=True), labels=labels)
+
+
+@dataclass
+class SpeechBatch:
+    """Clips, or segments of them, as float32 (B, channels, samples) in [-1, 1], padded with zeros behind their `lengths`.
+
+    Texts are those of whole clips, also where the audio is a segment; what is not known is None.
+    """
+
+    audio: Tensor
+    lengths: Tensor                   # (B,) int64, samples of each that are sound
+    keys: list[str]
+    texts: list[str | None]
+    speakers: list[str | None]
+    languages: list[str | None]
+    starts: Tensor                    # (B,) int64, where in its clip each begins, in samples at the batch's rate
+
+    def __len__(self) -> int:
+        return len(self.audio)
+
+    def to(self, device: torch.device | str) -> "SpeechBatch":
+        """The same batch on a device."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("audio", "lengths", "starts")}
+        return replace(self, **moved)

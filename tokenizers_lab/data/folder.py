@@ -1,23 +1,19 @@
-"""Folders of images: listing, class labels, and batches that are a pure function of the step."""
+"""Folders: the files under them in natural order, and, of images, their classes."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
-from torch.utils.data import Dataset
 
-from tokenizers_lab.data.decode import EXTENSIONS, converted_from, open_image
-from tokenizers_lab.data.fetched import Fetched, assemble
-from tokenizers_lab.data.quarantine import Bad
-from tokenizers_lab.data.sampling import batch_positions, sample_index, substitute_index, view_numbers
+from tokenizers_lab.data.decode import EXTENSIONS
+from tokenizers_lab.data.reading import Raw
 from tokenizers_lab.data.sources import natural_key
-from tokenizers_lab.data.transforms import training_view, validation_view
 from tokenizers_lab.errors import DataError
-from tokenizers_lab.settings import ImageDataConfig
 
-ATTEMPTS = 100   # substitutes that are tried for one unreadable sample
+T = TypeVar("T")
 
 
 class Names(Sequence[str]):
@@ -53,8 +49,14 @@ class ImageFolder:
         """Class of an image, where there are classes."""
         return None if self.labels is None else int(self.labels[index])
 
+    def raw(self, index: int) -> Raw:
+        """The image of that number, with its class."""
+        key = self.names[index]
+        path = self.root / key
+        return Raw(key, str(path), path, {"label": self.label(index)})
 
-_listed: dict[Path, tuple[dict[str, int], ImageFolder]] = {}
+
+_listed: dict[tuple[str, Path], tuple[dict[str, int], Any]] = {}
 
 
 def open_folder(root: str | Path) -> ImageFolder:
@@ -63,85 +65,50 @@ def open_folder(root: str | Path) -> ImageFolder:
     A listing is kept as long as none of its folders changes: validation asks for it again and again.
     Raises DataError if there is no such folder, or no image in it.
     """
+    return remembered("images", root, list_images)
+
+
+def list_images(root: Path, names: list[str]) -> ImageFolder:
+    """The images of these relative paths; the top-level folders are their classes."""
+    tops = [name.split("/", 1)[0] if "/" in name else None for name in names]
+    classes = sorted({top for top in tops if top is not None}, key=natural_key)
+    rank = {top: i for i, top in enumerate(classes)}
+    labels = np.array([rank[t] for t in tops if t is not None]) if None not in tops else None
+    return ImageFolder(root, Names(names), labels, classes)
+
+
+def remembered(
+    kind: str,
+    root: str | Path,
+    make: Callable[[Path, list[str]], T],
+    extensions: frozenset[str] = EXTENSIONS,
+    noun: str = "images",
+) -> T:
+    """What `make` gives for a folder and the files in it with these endings; kept while none of its folders changes.
+
+    kind: tells the makers apart. noun: what the files are, for errors. Raises DataError.
+    """
     root = Path(root).expanduser().absolute()
-    if root in _listed:
-        folders, known = _listed[root]
+    if (kind, root) in _listed:
+        folders, known = _listed[kind, root]
         if all(_modified(folder) == time for folder, time in folders.items()):
             return known
     if not root.is_dir():
         raise DataError(f"there is no folder {root}")
     folders = {}
-    names = list(_walk(str(root), "", folders, frozenset()))
+    names = list(_walk(str(root), "", folders, frozenset(), extensions))
     if not names:
         archives = sorted(p.name for p in root.glob("*.tar"))
-        hint = f"; for its {len(archives)} shards write {root}/*.tar" if archives else f" ({', '.join(sorted(EXTENSIONS))})"
-        raise DataError(f"there are no images in {root}{hint}")
-    tops = [name.split("/", 1)[0] if "/" in name else None for name in names]
-    classes = sorted({top for top in tops if top is not None}, key=natural_key)
-    rank = {top: i for i, top in enumerate(classes)}
-    labels = np.array([rank[t] for t in tops if t is not None]) if None not in tops else None
-    found = ImageFolder(root, Names(names), labels, classes)
-    _listed[root] = folders, found
+        hint = f"; for its {len(archives)} shards write {root}/*.tar" if archives else f" ({', '.join(sorted(extensions))})"
+        raise DataError(f"there are no {noun} in {root}{hint}")
+    found = make(root, names)
+    _listed[kind, root] = folders, found
     return found
 
 
-class FolderBatches(Dataset):
-    """Training batches of a rank: item m is the batch of micro-step m, whoever computes it and whenever."""
-
-    def __init__(self, folder: ImageFolder, cfg: ImageDataConfig, batch_size: int, seed: int, rank: int, world: int):
-        self.folder, self.cfg, self.batch_size, self.seed, self.rank, self.world = folder, cfg, batch_size, seed, rank, world
-
-    def __getitem__(self, step: int) -> Fetched:
-        views, keys, labels, bad = [], [], [], list[Bad]()
-        for position in batch_positions(step, self.batch_size, self.rank, self.world):
-            index = sample_index(position, len(self.folder), self.seed)
-            for attempt in range(ATTEMPTS):
-                key = self.folder.names[index]
-                try:
-                    with open_image(self.folder.root / key, self.cfg.max_pixels) as image:
-                        numbers = view_numbers(self.seed, position)
-                        views.append(training_view(image, self.cfg, numbers, str(self.folder.root / key)))
-                    break
-                except DataError as error:
-                    bad.append(Bad(key, str(error)))
-                    index = substitute_index(position, attempt, len(self.folder), self.seed)
-            else:
-                return Fetched(bad=bad, error=f"{ATTEMPTS} images in a row could not be read; the last one: {bad[-1].reason}")
-            keys.append(key)
-            labels.append(self.folder.label(index))
-        batch = assemble(views, keys, labels)
-        batch.bad = bad
-        return batch
-
-
-class FolderValidation(Dataset):
-    """Validation batches of a rank, in order: the images whose place in `chosen` is rank modulo world. No padding."""
-
-    def __init__(self, folder: ImageFolder, cfg: ImageDataConfig, batch_size: int, chosen: Sequence[int]):
-        self.folder, self.cfg, self.batch_size, self.chosen = folder, cfg, batch_size, chosen
-
-    def __len__(self) -> int:
-        return -(-len(self.chosen) // self.batch_size)
-
-    def __getitem__(self, number: int) -> Fetched:
-        views, keys, labels, converted = [], [], [], dict[str, str]()
-        for index in self.chosen[number * self.batch_size : (number + 1) * self.batch_size]:
-            key = self.folder.names[index]
-            try:
-                with open_image(self.folder.root / key, self.cfg.max_pixels) as image:
-                    if (stored := converted_from(image)) is not None:
-                        converted[key] = stored
-                    views.append(validation_view(image, self.cfg, str(self.folder.root / key)))
-            except DataError as error:
-                return Fetched(error=str(error))
-            keys.append(key)
-            labels.append(self.folder.label(index))
-        batch = assemble(views, keys, labels)
-        batch.converted = converted
-        return batch
-
-
-def _walk(folder: str, prefix: str, folders: dict[str, int], parents: frozenset[str]) -> Iterator[str]:
+def _walk(
+    folder: str, prefix: str, folders: dict[str, int], parents: frozenset[str], extensions: frozenset[str]
+) -> Iterator[str]:
     real = os.path.realpath(folder)
     if real in parents:   # a link to a folder that contains it
         return
@@ -153,8 +120,8 @@ def _walk(folder: str, prefix: str, folders: dict[str, int], parents: frozenset[
         raise DataError(f"the folder {folder} cannot be listed ({error.strerror or error})") from error
     for name, is_folder in sorted(entries, key=lambda e: natural_key(e[0])):
         if is_folder:
-            yield from _walk(f"{folder}/{name}", f"{prefix}{name}/", folders, parents | {real})
-        elif name.rpartition(".")[2].lower() in EXTENSIONS:
+            yield from _walk(f"{folder}/{name}", f"{prefix}{name}/", folders, parents | {real}, extensions)
+        elif name.rpartition(".")[2].lower() in extensions:
             yield prefix + name
 
 

@@ -1,36 +1,41 @@
-"""The doors to image data: endless training batches with their state, and ordered validation batches."""
+"""The doors to the data: endless training batches with their state, and ordered validation batches."""
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torch.utils.data import Dataset
 
-from tokenizers_lab.data.batch import ImageBatch
+from tokenizers_lab.data.batch import ImageBatch, SpeechBatch
 from tokenizers_lab.data.decode import read_image
 from tokenizers_lab.data.fetched import Fetched
-from tokenizers_lab.data.folder import FolderBatches, FolderValidation, open_folder
+from tokenizers_lab.data.images import ImageReader
+from tokenizers_lab.data.listed import ListedBatches, ListedValidation
 from tokenizers_lab.data.processes import Fetcher
 from tokenizers_lab.data.quarantine import Quarantine
+from tokenizers_lab.data.reading import Reader
 from tokenizers_lab.data.sampling import spread
 from tokenizers_lab.data.shards import ShardBatches, ShardValidation, fingerprint
-from tokenizers_lab.data.sources import resolve_source, sample_path
-from tokenizers_lab.data.transforms import check_crop, fit_image
+from tokenizers_lab.data.sources import Source, resolve_source, sample_path
+from tokenizers_lab.data.speech import SpeechReader
+from tokenizers_lab.data.transforms import fit_image
 from tokenizers_lab.errors import CheckpointError, ConfigError, DataError
-from tokenizers_lab.settings import ImageDataConfig
+from tokenizers_lab.settings import ImageDataConfig, SpeechDataConfig
 
 __all__ = ["Loader", "build_loader", "fit_image", "len_samples", "read_image", "sample_path", "validation_batches"]
 
 logger = logging.getLogger(__name__)
 
-WORTH_WORKERS = 128      # validation images below which starting processes costs more than it saves
+DataConfig = ImageDataConfig | SpeechDataConfig
+READERS: dict[type, Callable[[Any], Reader]] = {ImageDataConfig: ImageReader, SpeechDataConfig: SpeechReader}
+WORTH_WORKERS = 128      # validation samples below which starting processes costs more than it saves
 
 
 class Loader:
-    """Yields (ImageBatch, state) for ever. `state` is JSON-able; build_loader continues after that batch when it is given."""
+    """Yields (batch, state) for ever. `state` is JSON-able; build_loader continues after that batch when it is given."""
 
     def __init__(self, fetcher: Fetcher, quarantine: Quarantine, state: dict[str, Any]):
         self._fetcher, self._quarantine, self._state = fetcher, quarantine, state
@@ -39,7 +44,7 @@ class Loader:
     def __iter__(self) -> "Loader":
         return self
 
-    def __next__(self) -> tuple[ImageBatch, dict[str, Any]]:
+    def __next__(self) -> tuple[Any, dict[str, Any]]:
         """The next batch. Raises DataError if the data ends the run."""
         begin = time.perf_counter()
         fetched = next(self._fetcher)
@@ -71,7 +76,7 @@ class Loader:
 
 
 def build_loader(
-    cfg: ImageDataConfig,
+    cfg: DataConfig,
     batch_size: int,
     seed: int,
     rank: int = 0,
@@ -80,60 +85,82 @@ def build_loader(
     state: dict[str, Any] | None = None,
     quarantine: Path | None = None,
 ) -> Loader:
-    """Endless training batches of one rank.
+    """Endless training batches of one rank: ImageBatch or SpeechBatch, as the config's type says.
 
     batch_size: samples of a micro-batch of this rank. start_step: micro-steps that were already taken. state: as yielded
     with the last of them; shards need it, for folders it only carries on the counts of unreadable samples (and stands in
     for a start_step of 0). quarantine: JSONL file that lists unreadable samples; all ranks may share it.
     Raises ConfigError, DataError if there are no data, CheckpointError if `state` does not fit the data or the processes.
     """
-    _check(cfg)
-    source = resolve_source(cfg.train, "train")
+    reader = checked_reader(cfg)
+    source = find_source(reader, cfg.train, "train")
     state = dict(state or {})
     dataset: Dataset
-    if source.folder is not None:
-        folder = open_folder(source.folder)
-        fresh = {"kind": "folder", "samples": len(folder), "batches": start_step, "positions": []}
+    if not source.shards:
+        listing = reader.listing(source)
+        fresh = {"kind": "folder", "samples": len(listing), "batches": start_step, "positions": []}
         _compare(state, fresh, {"kind": "data.train is now a {now}, was a {was}; name the same source",
-                                "samples": "data.train holds {now} images, held {was}; restore them"})
+                                "samples": f"data.train holds {{now}} {reader.noun}, held {{was}}; restore them"})
         step = start_step or state.get("batches", 0)
-        dataset, workers = FolderBatches(folder, cfg, batch_size, seed, rank, world), cfg.workers
+        dataset, workers = ListedBatches(listing, reader, batch_size, seed, rank, world), cfg.workers
         state = {**fresh, "batches": step, "seen": state.get("seen", 0), "bad": state.get("bad", 0)}
         fetcher = Fetcher(dataset, workers, _Steps(step))
     else:
         state = _shard_state(cfg, source.shards, rank, world, start_step, state)
         positions = [list(p) for p in state["positions"]]
-        dataset = ShardBatches(source.shards, cfg, batch_size, seed, rank, world, positions, state["batches"])
+        dataset = ShardBatches(
+            source.shards, reader, cfg.shuffle_buffer, batch_size, seed, rank, world, positions, state["batches"]
+        )
         fetcher = Fetcher(dataset, min(cfg.workers, len(positions)))
     return Loader(fetcher, Quarantine(quarantine, cfg.bad_fraction, state["seen"], state["bad"]), state)
 
 
-def len_samples(cfg: ImageDataConfig) -> int | None:
-    """Number of training samples: counted in folders, `data.samples` for shards, where it may be unknown."""
-    source = resolve_source(cfg.train, "train")
-    return cfg.samples if source.folder is None else len(open_folder(source.folder))
+def len_samples(cfg: DataConfig) -> int | None:
+    """Number of training samples: counted in folders and manifests, `data.samples` for shards, where it may be unknown."""
+    reader = checked_reader(cfg)
+    source = find_source(reader, cfg.train, "train")
+    return cfg.samples if source.shards else len(reader.listing(source))
 
 
-def validation_batches(cfg: ImageDataConfig, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[ImageBatch]:
-    """The held-out images, centre-cropped, in order, each exactly once over all ranks; no padding, the last batch is short.
+@overload
+def validation_batches(cfg: ImageDataConfig, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[ImageBatch]: ...
+@overload
+def validation_batches(cfg: SpeechDataConfig, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[SpeechBatch]: ...
+def validation_batches(cfg: DataConfig, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Any]:
+    """The held-out samples in order, each exactly once over all ranks; the last batch may be short.
 
-    Ranks may get different numbers of batches. With val_limit, a folder gives evenly spaced images, shards their first ones.
-    Raises DataError if an image is unreadable, ConfigError if there is no data.val.
+    Images are centre-cropped; clips are whole, or cut to val_seconds. Ranks may get different numbers of batches. With val_limit,
+    a folder or manifest gives evenly spaced samples, shards their first ones.
+    Raises DataError if a sample is unreadable, ConfigError if there is no data.val.
     """
-    _check(cfg)
+    reader = checked_reader(cfg)
     if cfg.val is None:
         raise ConfigError("there is no validation data; name it in data.val")
-    source = resolve_source(cfg.val, "val")
-    if source.folder is not None:
-        folder = open_folder(source.folder)
-        mine = spread(len(folder), cfg.val_limit)[rank::world]
-        dataset = FolderValidation(folder, cfg, batch_size, mine)
+    source = find_source(reader, cfg.val, "val")
+    if not source.shards:
+        listing = reader.listing(source)
+        mine = spread(len(listing), cfg.val_limit)[rank::world]
+        dataset = ListedValidation(listing, reader, batch_size, mine)
         workers = min(cfg.workers, len(dataset)) if len(mine) >= WORTH_WORKERS else 0
         return _validate(Fetcher(dataset, workers, range(len(dataset))))
-    return _validate(Fetcher(ShardValidation(source.shards, cfg, batch_size, rank, world), cfg.workers))
+    return _validate(Fetcher(ShardValidation(source.shards, reader, cfg.val_limit, batch_size, rank, world), cfg.workers))
 
 
-def _validate(fetcher: Fetcher) -> Iterator[ImageBatch]:
+def checked_reader(cfg: DataConfig) -> Reader:
+    """What reads the data of a config. Raises ConfigError if its options contradict each other."""
+    reader = READERS[type(cfg)](cfg)
+    reader.check()
+    if cfg.workers < 0 or cfg.shuffle_buffer < 1 or not 0 <= cfg.bad_fraction <= 1:
+        raise ConfigError("data.workers must be at least 0, data.shuffle_buffer at least 1, data.bad_fraction within [0, 1]")
+    return reader
+
+
+def find_source(reader: Reader, source: str, split: str) -> Source:
+    """What a config's train or val names. Raises DataError."""
+    return resolve_source(source, split, reader.noun, reader.sample, reader.manifests)
+
+
+def _validate(fetcher: Fetcher) -> Iterator[Any]:
     try:
         for fetched in fetcher:
             if fetched.error:
@@ -144,7 +171,7 @@ def _validate(fetcher: Fetcher) -> Iterator[ImageBatch]:
 
 
 def _shard_state(
-    cfg: ImageDataConfig, urls: tuple[str, ...], rank: int, world: int, start_step: int, state: dict[str, Any]
+    cfg: DataConfig, urls: tuple[str, ...], rank: int, world: int, start_step: int, state: dict[str, Any]
 ) -> dict[str, Any]:
     """The given state, if it fits, or that of the start: each stream at its first shard."""
     if len(urls) < world:
@@ -180,12 +207,6 @@ def _compare(state: dict[str, Any], now: dict[str, Any], advice: dict[str, str])
                 f"the data differ from those of the checkpoint: {text.format(was=state[key], now=now[key])}, "
                 "or start a new run with init_from"
             )
-
-
-def _check(cfg: ImageDataConfig) -> None:
-    check_crop(cfg)
-    if cfg.workers < 0 or cfg.shuffle_buffer < 1 or not 0 <= cfg.bad_fraction <= 1:
-        raise ConfigError("data.workers must be at least 0, data.shuffle_buffer at least 1, data.bad_fraction within [0, 1]")
 
 
 class _Steps:

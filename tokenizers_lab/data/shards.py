@@ -16,25 +16,23 @@ from typing import Any, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tokenizers_lab.data.decode import converted_from, open_image
-from tokenizers_lab.data.fetched import Fetched, assemble
+from tokenizers_lab.data.fetched import Fetched
 from tokenizers_lab.data.quarantine import Bad
+from tokenizers_lab.data.reading import Raw, Reader
 from tokenizers_lab.data.sampling import view_numbers
-from tokenizers_lab.data.transforms import training_view, validation_view
 from tokenizers_lab.draw import Draw
 from tokenizers_lab.errors import DataError
-from tokenizers_lab.settings import ImageDataConfig
 
-IMAGE_PARTS = ("jpg", "jpeg", "png", "webp")
 ATTEMPTS = 4             # times that a remote shard is opened before the run ends
 MAX_BAD_RUN = 1000       # unreadable samples in a row that end the run whatever bad_fraction says
+MAX_UNWANTED_RUN = 1_000_000   # samples in a row that the config leaves out that end the run
 READ_TIMEOUT = 60.0      # seconds without a byte from an HTTP server
 
 T = TypeVar("T")
 
 
-def shard_samples(url: str, start: int = 0) -> Iterator[dict[str, Any]]:
-    """The raw samples of a shard from index `start` on: {"__key__", "jpg" or another of IMAGE_PARTS, "cls"}, values bytes.
+def shard_samples(url: str, start: int = 0, parts: tuple[str, ...] | None = None) -> Iterator[dict[str, Any]]:
+    """The raw samples of a shard from index `start` on: {"__key__", "jpg", "cls", …}, by the endings in `parts`; values bytes.
 
     A remote shard whose connection breaks is opened again and skipped to where it broke. Raises DataError if it is missing or
     damaged.
@@ -43,7 +41,7 @@ def shard_samples(url: str, start: int = 0) -> Iterator[dict[str, Any]]:
     done = 0
     for attempt in range(ATTEMPTS):
         try:
-            for index, sample in enumerate(_read_tar(url)):
+            for index, sample in enumerate(_read_tar(url, parts)):
                 if index >= done:
                     done = index + 1
                     if index >= start:
@@ -69,29 +67,14 @@ def sample_name(url: str, sample: dict[str, Any]) -> str:
     return f"{_basename(url)}/{sample['__key__']}"
 
 
-def sample_label(sample: dict[str, Any], name: str) -> int | None:
-    """The class of a sample, if it has one. Raises DataError if that is no integer."""
-    if "cls" not in sample:
-        return None
-    try:
-        return int(sample["cls"])
-    except ValueError:
-        raise DataError(f"{name}: its class {sample['cls'][:20]!r} is not a number") from None
-
-
-def sample_image(sample: dict[str, Any], name: str) -> bytes:
-    """The bytes of a sample's image. Raises DataError if it has none."""
-    for part in IMAGE_PARTS:
-        if part in sample:
-            return sample[part]
-    raise DataError(f"{name}: has no image (one of {', '.join(IMAGE_PARTS)})")
-
-
 class ShardStream:
     """One of the run's streams: its samples from a position on, for ever."""
 
-    def __init__(self, urls: Sequence[str], seed: int, shuffle_buffer: int, stream: int, streams: int):
+    def __init__(
+        self, urls: Sequence[str], seed: int, shuffle_buffer: int, stream: int, streams: int, parts: tuple[str, ...] | None = None
+    ):
         self.urls, self.seed, self.buffer, self.stream, self.streams = urls, seed, shuffle_buffer, stream, streams
+        self.parts = parts
 
     def samples(self, epoch: int, place: int, index: int) -> Iterator[tuple[str, dict[str, Any], list[int]]]:
         """From a position on: the shard, the raw sample, and the position after it. Raises DataError."""
@@ -113,13 +96,13 @@ class ShardStream:
                 in_epoch, order = epoch, Draw(self.seed, step=epoch).permutation("shards", n).tolist()
             url = self.urls[order[place]]
             empty += start == 0
-            reader = shard_samples(url, start)
+            reader = shard_samples(url, start, self.parts)
             while block := list(islice(reader, self.buffer)):
                 yield url, turn, start, block
                 start += len(block)
                 empty = 0
             turn, start = turn + self.streams, 0
-        raise DataError(f"{len(self.urls)} shards in a row hold no sample; their images are read from {', '.join(IMAGE_PARTS)}")
+        raise DataError(f"{n} shards in a row hold no sample; what is read of them: {', '.join(self.parts or ('all',))}")
 
 
 class ShardBatches(IterableDataset):
@@ -131,7 +114,8 @@ class ShardBatches(IterableDataset):
     def __init__(
         self,
         urls: Sequence[str],
-        cfg: ImageDataConfig,
+        reader: Reader,
+        shuffle_buffer: int,
         batch_size: int,
         seed: int,
         rank: int,
@@ -139,29 +123,34 @@ class ShardBatches(IterableDataset):
         positions: list[list[int]],
         batches: int,
     ):
-        self.urls, self.cfg, self.batch_size, self.seed = urls, cfg, batch_size, seed
+        self.urls, self.reader, self.shuffle_buffer, self.batch_size, self.seed = urls, reader, shuffle_buffer, batch_size, seed
         self.rank, self.world, self.positions, self.batches = rank, world, positions, batches
 
     def __iter__(self) -> Iterator[Fetched]:
         info = get_worker_info()
         workers = len(self.positions)
         local = ((info.id if info else 0) + self.batches) % workers
-        stream = ShardStream(self.urls, self.seed, self.cfg.shuffle_buffer, self.rank * workers + local, self.world * workers)
+        number, streams = self.rank * workers + local, self.world * workers
+        stream = ShardStream(self.urls, self.seed, self.shuffle_buffer, number, streams, self.reader.parts)
         try:
             yield from self._batches(stream, local)
         except DataError as error:
             yield Fetched(error=str(error))
 
     def _batches(self, stream: ShardStream, local: int) -> Iterator[Fetched]:
-        views, keys, labels, bad = [], [], [], list[Bad]()
-        in_a_row = 0
+        views, keys, bad = [], [], list[Bad]()
+        in_a_row = unwanted = 0
         for url, sample, position in stream.samples(*self.positions[local]):
             name = sample_name(url, sample)
-            numbers = view_numbers(self.seed, position[0], name)
             try:
-                label = sample_label(sample, name)
-                with open_image(sample_image(sample, name), self.cfg.max_pixels, name) as image:
-                    views.append(training_view(image, self.cfg, numbers, name))
+                raw = self.reader.from_shard(sample, name)
+                if not self.reader.wants(raw):
+                    unwanted += 1
+                    if unwanted == MAX_UNWANTED_RUN:
+                        yield Fetched(bad=bad, error=f"{unwanted:,} {self.reader.noun} in a row are left out; widen the limits")
+                        return
+                    continue
+                views.append(self.reader.training(raw, view_numbers(self.seed, position[0], name)))
             except DataError as error:
                 bad.append(Bad(name, str(error)))
                 in_a_row += 1
@@ -169,14 +158,13 @@ class ShardBatches(IterableDataset):
                     yield Fetched(bad=bad, error=f"{MAX_BAD_RUN} samples in a row could not be read; the last one: {error}")
                     return
                 continue
-            in_a_row = 0
+            in_a_row = unwanted = 0
             keys.append(name)
-            labels.append(label)
             if len(views) == self.batch_size:
-                batch = assemble(views, keys, labels)
+                batch = self.reader.assemble(views, keys)
                 batch.bad, batch.stream, batch.position = bad, local, position
                 yield batch
-                views, keys, labels, bad = [], [], [], []
+                views, keys, bad = [], [], []
 
 
 class ShardValidation(IterableDataset):
@@ -185,44 +173,32 @@ class ShardValidation(IterableDataset):
     The number of samples is not known beforehand: every worker reads all shards and decodes only its own samples.
     """
 
-    def __init__(self, urls: Sequence[str], cfg: ImageDataConfig, batch_size: int, rank: int, world: int):
-        self.urls, self.cfg, self.batch_size, self.rank, self.world = urls, cfg, batch_size, rank, world
+    def __init__(self, urls: Sequence[str], reader: Reader, limit: int | None, batch_size: int, rank: int, world: int):
+        self.urls, self.reader, self.limit, self.batch_size, self.rank, self.world = urls, reader, limit, batch_size, rank, world
 
     def __iter__(self) -> Iterator[Fetched]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         try:
-            mine = islice(islice(self._everything(), self.cfg.val_limit), self.rank, None, self.world)
+            mine = islice(islice(self._everything(), self.limit), self.rank, None, self.world)
             number = 0
             while raw := list(islice(mine, self.batch_size)):
                 if number % workers == worker:   # DataLoader takes from its workers in turn
-                    yield self._decode(raw)
+                    yield self.reader.assemble([self.reader.validation(r) for r in raw], [r.key for r in raw])
                 number += 1
         except DataError as error:
             yield Fetched(error=str(error))
 
-    def _everything(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _everything(self) -> Iterator[Raw]:
         empty = True
         for url in self.urls:
-            for sample in shard_samples(url):
-                empty = False
-                yield url, sample
+            for sample in shard_samples(url, parts=self.reader.parts):
+                raw = self.reader.from_shard(sample, sample_name(url, sample))
+                if self.reader.wants(raw):
+                    empty = False
+                    yield raw
         if empty:
-            raise DataError(f"the validation shards hold no sample; their images are read from {', '.join(IMAGE_PARTS)}")
-
-    def _decode(self, raw: list[tuple[str, dict[str, Any]]]) -> Fetched:
-        views, keys, labels, converted = [], [], [], dict[str, str]()
-        for url, sample in raw:
-            name = sample_name(url, sample)
-            with open_image(sample_image(sample, name), self.cfg.max_pixels, name) as image:
-                if (stored := converted_from(image)) is not None:
-                    converted[name] = stored
-                views.append(validation_view(image, self.cfg, name))
-            keys.append(name)
-            labels.append(sample_label(sample, name))
-        batch = assemble(views, keys, labels)
-        batch.converted = converted
-        return batch
+            raise DataError(f"the validation shards hold no sample; what is read of them: {', '.join(self.reader.parts)}")
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
@@ -240,17 +216,16 @@ def fingerprint(urls: Sequence[str]) -> str:
     return blake2b("\n".join(map(_basename, urls)).encode(), digest_size=8).hexdigest()
 
 
-def _read_tar(url: str) -> Iterator[dict[str, Any]]:
+def _read_tar(url: str, parts: tuple[str, ...] | None) -> Iterator[dict[str, Any]]:
     import fsspec
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
+    def wanted(name: str) -> bool:
+        return parts is None or name.rpartition(".")[2].lower() in parts
+
     with fsspec.open(url, "rb", **_options(url)) as stream:
-        files = tar_file_expander(iter([{"url": url, "stream": stream}]), select_files=_wanted)
+        files = tar_file_expander(iter([{"url": url, "stream": stream}]), select_files=wanted)
         yield from group_by_keys(files)
-
-
-def _wanted(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in (*IMAGE_PARTS, "cls")
 
 
 def _options(url: str) -> dict[str, Any]:

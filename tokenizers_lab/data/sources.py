@@ -1,4 +1,4 @@
-"""What a config's `train` and `val` name: a packaged sample set, an image folder, or a list of webdataset shards."""
+"""What a config's `train` and `val` name: a packaged sample set, a folder, a manifest, or a list of webdataset shards."""
 
 import glob
 import os
@@ -15,15 +15,19 @@ _CHUNKS = re.compile(r"([0-9]+)")
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of images, or the shards in reading order; never both."""
+    """A folder of samples, a file that lists them, or the shards in reading order; one of the three."""
 
     folder: Path | None = None
     shards: tuple[str, ...] = ()
+    manifest: Path | None = None
 
 
-def resolve_source(source: str, split: str) -> Source:
+def resolve_source(
+    source: str, split: str, noun: str = "images", sample: str = "sample:photos", manifests: tuple[str, ...] = ()
+) -> Source:
     """What a source string names. split, `train` or `val`, is the part of a sample set, unless named: sample:photos/val.
 
+    noun, sample: what is looked for and its sample set, for errors. manifests: endings of files that list samples.
     Raises DataError if nothing is there, in one line that says what was looked for.
     """
     if source.startswith("sample:"):
@@ -32,11 +36,14 @@ def resolve_source(source: str, split: str) -> Source:
     if "://" in source or _ARCHIVE.search(source):
         return Source(shards=tuple(expand_shards(source)))
     folder = Path(source).expanduser()
+    if folder.suffix.lower() in manifests and folder.is_file():
+        return Source(manifest=folder)
     if not folder.is_dir():
+        listed = f"a manifest ({', '.join(manifests)}), " if manifests else ""
         what = "is a file" if folder.is_file() else "does not exist"
         raise DataError(
-            f"data source '{source}' {what}; name a folder of images, shards (shard-{{000..099}}.tar, a glob, a URL) "
-            "or sample:photos"
+            f"data source '{source}' {what}; name a folder of {noun}, {listed}shards (shard-{{000..099}}.tar, a glob, a URL) "
+            f"or {sample}"
         )
     return Source(folder=folder)
 

@@ -1,0 +1,136 @@
+"""Speech for the loader: random segments of clips to train on, whole clips to validate with."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenizers_lab.data.audio import audio_info, check_length, open_audio, read_segment
+from tokenizers_lab.data.batch import SpeechBatch
+from tokenizers_lab.data.fetched import Fetched
+from tokenizers_lab.data.manifest import MANIFESTS, ClipListing, open_clips, to_row
+from tokenizers_lab.data.reading import Numbers, Raw, Reader
+from tokenizers_lab.data.resample import resampled_length
+from tokenizers_lab.data.sampling import view_numbers
+from tokenizers_lab.data.sources import Source
+from tokenizers_lab.errors import ConfigError, DataError
+from tokenizers_lab.settings import SpeechDataConfig
+
+SOUND_PARTS = ("flac", "wav", "mp3", "ogg", "opus")
+CROPS = ("random", "fixed", "start")
+UNLIMITED = 3600.0       # a max_seconds from here on is a guard against decoding bombs, not a choice of clips
+
+
+@dataclass
+class SpeechView:
+    """A decoded clip, or a segment of one."""
+
+    audio: Tensor                      # (channels, samples) float32
+    start: int                         # where in the clip it begins, in samples
+    about: dict[str, Any]              # text, speaker, language
+    room: int = 0                      # samples that it shall have in a batch at least
+
+
+class SpeechReader(Reader):
+    """Reads clips as a SpeechDataConfig says."""
+
+    noun, sample = "clips", "sample:speech"
+    manifests = MANIFESTS
+    parts = (*SOUND_PARTS, "json", "txt")
+
+    def __init__(self, cfg: SpeechDataConfig):
+        self.cfg = cfg
+
+    def check(self) -> None:
+        """Raises ConfigError if an option is out of its range."""
+        cfg = self.cfg
+        if cfg.crop not in CROPS:
+            raise ConfigError(f"data.crop is '{cfg.crop}'; it can be {', '.join(CROPS)}")
+        if cfg.sample_rate < 1 or cfg.channels < 1 or round(cfg.segment_seconds * cfg.sample_rate) < 1:
+            raise ConfigError("data.sample_rate, data.channels and data.segment_seconds must be positive")
+        if not 0 <= cfg.min_seconds < cfg.max_seconds or (cfg.val_seconds is not None and cfg.val_seconds <= 0):
+            raise ConfigError("data.min_seconds must be at least 0 and below data.max_seconds, data.val_seconds positive")
+
+    def listing(self, source: Source) -> ClipListing:
+        """The clips of a folder or a manifest that are within the limits. Raises DataError."""
+        where = source.manifest or source.folder
+        assert where is not None
+        return open_clips(where, self.cfg.min_seconds, self.cfg.max_seconds if self.cfg.max_seconds < UNLIMITED else math.inf)
+
+    def from_shard(self, sample: dict[str, Any], name: str) -> Raw:
+        """The sound, with what the JSON or text file beside it says. Raises DataError."""
+        part = next((part for part in SOUND_PARTS if part in sample), None)
+        if part is None:
+            raise DataError(f"{name}: has no sound (one of {', '.join(SOUND_PARTS)})")
+        about: dict[str, Any] = {"text": None, "speaker": None, "language": None, "duration": None}
+        try:
+            if "txt" in sample:
+                about["text"] = sample["txt"].decode("utf-8").strip() or None
+            if "json" in sample:
+                row = to_row({**json.loads(sample["json"]), "file": name}, name)
+                about |= {key: value for key, value in vars(row).items() if key != "file" and value is not None}
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{name}: what is said of it cannot be read ({error})") from None
+        return Raw(name, name, sample[part], about)
+
+    def wants(self, raw: Raw) -> bool:
+        """Whether a clip of a shard is within the limits; its header tells where nothing else does. Raises DataError."""
+        if self.cfg.min_seconds <= 0 and self.cfg.max_seconds >= UNLIMITED:
+            return True
+        seconds = raw.about["duration"]
+        if seconds is None:
+            seconds = audio_info(raw.content, raw.name).seconds
+        return self.cfg.min_seconds <= seconds <= self.cfg.max_seconds
+
+    def training(self, raw: Raw, numbers: Numbers) -> SpeechView:
+        """A segment of a clip, or a shorter clip whole. Raises DataError."""
+        wanted = round(self.cfg.segment_seconds * self.cfg.sample_rate)
+        place = {"random": numbers[0], "fixed": view_numbers(0, raw.key)[0], "start": 0.0}[self.cfg.crop]
+        with open_audio(raw.content, raw.name) as file:
+            total = resampled_length(file.info.samples, file.info.sample_rate, self.cfg.sample_rate)
+            start = int(place * (max(total - wanted, 0) + 1))
+            audio = read_segment(file, start, wanted, self.cfg.sample_rate, self.cfg.channels)
+            return SpeechView(audio, start, raw.about, wanted)      # all training batches have one shape
+
+    def validation(self, raw: Raw) -> SpeechView:
+        """A whole clip, or its beginning. Raises DataError."""
+        with open_audio(raw.content, raw.name) as file:
+            wanted = resampled_length(file.info.samples, file.info.sample_rate, self.cfg.sample_rate)
+            if self.cfg.val_seconds is not None:
+                wanted = min(wanted, round(self.cfg.val_seconds * self.cfg.sample_rate))
+            else:
+                check_length(file, self.cfg.max_seconds)
+            return SpeechView(read_segment(file, 0, wanted, self.cfg.sample_rate, self.cfg.channels), 0, raw.about)
+
+    def assemble(self, views: Sequence[SpeechView], keys: list[str]) -> "FetchedSpeech":
+        """A batch of views, each followed by zeros up to the longest; training views up to a segment's length."""
+        lengths = torch.tensor([view.audio.shape[1] for view in views])
+        longest = max(int(lengths.max()), *(view.room for view in views))
+        audio = torch.zeros(len(views), self.cfg.channels, longest)
+        for i, view in enumerate(views):
+            audio[i, :, : view.audio.shape[1]] = view.audio
+        known = {name: [view.about.get(name) for view in views] for name in ("text", "speaker", "language")}
+        return FetchedSpeech(
+            keys=keys, audio=audio, lengths=lengths, starts=torch.tensor([view.start for view in views]),
+            texts=known["text"], speakers=known["speaker"], languages=known["language"],
+        )   # fmt: skip
+
+
+@dataclass
+class FetchedSpeech(Fetched):
+    """Clips with what is known of them."""
+
+    audio: Tensor = field(default_factory=lambda: torch.empty(0))     # (B, channels, samples) float32
+    lengths: Tensor = field(default_factory=lambda: torch.empty(0))   # (B,) int64
+    starts: Tensor = field(default_factory=lambda: torch.empty(0))    # (B,) int64
+    texts: list[str | None] = field(default_factory=list)
+    speakers: list[str | None] = field(default_factory=list)
+    languages: list[str | None] = field(default_factory=list)
+
+    def batch(self) -> SpeechBatch:
+        """The batch as training sees it."""
+        return SpeechBatch(self.audio, self.lengths, self.keys, self.texts, self.speakers, self.languages, self.starts)
