@@ -18,7 +18,8 @@ from tokenizers_lab.parity import GivenDraw, Rules, compare, read_rules, read_te
 
 SETS = Path(__file__).parent / "parity"
 SCRIPT = Path(__file__).parent.parent / "scripts" / "verify_parity.py"
-FOLDERS = [("rectok", "rectok"), ("rectok", "rectok-options"), ("rectok", "rectok-plain"), ("lm_spt", "lm_spt")]
+FOLDERS = [("rectok", "rectok"), ("rectok", "rectok-options"), ("rectok", "rectok-plain"), ("lm_spt", "lm_spt"),
+           ("dm_codec", "dm_codec")]
 
 
 @pytest.mark.parametrize(("system", "folder"), FOLDERS, ids=[f for _, f in FOLDERS])

@@ -327,10 +327,14 @@ def loss_tensors(objective: DMCodecObjective, made: list[Coded], batch: SpeechBa
 def term_gradients(codec: DMCodec, objective: DMCodecObjective, terms: dict[str, Tensor]) -> dict[str, Tensor]:
     """L2 norm of each unweighted loss's gradient in each part."""
     result = {}
+    named = [(part, p) for part, module in parts(codec, objective).items() for p in module.parameters()]
     for term, loss in terms.items():
-        for part, module in parts(codec, objective).items():
-            found = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True, allow_unused=True)
-            result[f"grad_norm_of.{TERMS.get(term, term)}.{part}"] = norm_of(found)
+        if not loss.requires_grad:      # a later layer distilled without a transform trains nothing
+            continue
+        found = torch.autograd.grad(loss, [p for _, p in named], retain_graph=True, allow_unused=True)
+        for part in parts(codec, objective):
+            norm = norm_of(g for (owner, _), g in zip(named, found) if owner == part)
+            result[f"grad_norm_of.{TERMS.get(term, term)}.{part}"] = norm
     return result
 
 
