@@ -1,4 +1,4 @@
-"""Parts of speech codecs that several systems share: factorised and finite scalar quantization, Whisper's front end, resampling."""
+"""Parts that speech codecs share: DAC's convolutions, factorised and finite scalar quantization, Whisper, resampling."""
 
 import numpy as np
 import pytest
@@ -138,6 +138,29 @@ def test_usage_moves_in_training_only_and_is_saved():
     torch.testing.assert_close(dual.semantic_usage[0], 0.99 * before[0] + 0.01 * fewer)
     assert dual.usage()["semantic_usage"] == (counts > 0).float().mean()
     assert {"semantic_usage", "acoustic_usage", "usage_updates"} <= dual.state_dict().keys()
+
+
+def count_in_process(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    dual, latents = DualRVQ(6, 3, 20, 4, 10, 4), torch.randn(4, 6, 8)
+    for _ in range(2):
+        dual(latents[2 * rank : 2 * rank + 2], latents[2 * rank : 2 * rank + 2])
+    torch.save(dual.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_usage_counts_all_processes(tmp_path):
+    torch.multiprocessing.spawn(count_in_process, (str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    torch.manual_seed(0)
+    dual, latents = DualRVQ(6, 3, 20, 4, 10, 4), torch.randn(4, 6, 8)
+    for _ in range(2):
+        dual(latents, latents)
+    torch.testing.assert_close(one["semantic_usage"], dual.semantic_usage)
+    torch.testing.assert_close(one["acoustic_usage"], dual.acoustic_usage)
 
 
 def test_codes_are_those_of_float32_under_autocast():

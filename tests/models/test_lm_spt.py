@@ -73,7 +73,8 @@ VARIANTS = {
 @pytest.mark.parametrize("rate", STRIDES)
 def test_frame_rates(rate):
     encoder, decoder, auxiliary = STRIDES[rate]
-    small = dict(semantic_width=2, acoustic_width=2, decoder_width=64, latent=6, semantic_size=32, acoustic_size=16)
+    small = {
+        "semantic_width": 2, "acoustic_width": 2, "decoder_width": 64, "latent": 6, "semantic_size": 32, "acoustic_size": 16}
     tokenizer = build(ModelConfig(
         strides=encoder, decoder_strides=decoder, auxiliary=AuxiliaryConfig(width=32, strides=auxiliary), **small))
     assert tokenizer.sample_rate / tokenizer.hop == rate
@@ -219,7 +220,8 @@ def test_saved_and_loaded_it_is_the_same(variant, tmp_path):
     loaded = load(tmp_path / "one")
     loaded.save_pretrained(tmp_path / "two")
     assert loaded.cfg == tokenizer.cfg
-    assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in ("model.safetensors", "config.json"))
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     audio = noise(1, 1, 100)
     assert torch.equal(loaded.encode(audio).codes, tokenizer.encode(audio).codes)
 

@@ -11,20 +11,28 @@ from torch.nn import functional as F
 
 from tokenizers_lab.draw import Draw
 from tokenizers_lab.errors import ConfigError
-from tokenizers_lab.models.lm_spt.config import TERMS, AuxiliaryConfig, ModelConfig, ObjectiveConfig, TeacherConfig, check_objective
+from tokenizers_lab.models.lm_spt.config import (
+    TERMS,
+    AuxiliaryConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    TeacherConfig,
+    check_objective,
+)
 from tokenizers_lab.models.lm_spt.convert import discriminator_name, to_official
 from tokenizers_lab.models.lm_spt.model import LMSPT
 from tokenizers_lab.models.lm_spt.objective import LMSPTObjective
-from tokenizers_lab.models.lm_spt.parity import compute
+from tokenizers_lab.models.lm_spt.parity import WEIGHTS, compute
 
 MODEL = ModelConfig(
-    strides=[4, 5, 6, 2], decoder_strides=[2, 6, 5, 4], semantic_width=2, acoustic_width=2, decoder_width=32, latent=8, codebooks=4,
-    semantic_size=32, semantic_dim=4, acoustic_size=16, acoustic_dim=4, auxiliary=AuxiliaryConfig(width=16, strides=[8, 5, 4]),
+    strides=[4, 5, 6, 2], decoder_strides=[2, 6, 5, 4], semantic_width=2, acoustic_width=2, decoder_width=32, latent=8,
+    codebooks=4, semantic_size=32, semantic_dim=4, acoustic_size=16, acoustic_dim=4,
+    auxiliary=AuxiliaryConfig(width=16, strides=[8, 5, 4]),
 )
 TEACHER = {"d_model": "8", "encoder_layers": "1", "encoder_attention_heads": "2", "encoder_ffn_dim": "16", "num_mel_bins": "20"}
 CONFIG = ObjectiveConfig(
     teacher=TeacherConfig(backend="random", config=TEACHER), teacher_seconds=0.5, mel_bands=[10, 20], mel_windows=[256, 512],
-    mpd_periods=[2, 3], mpd_channels=[2, 2, 2, 2, 2], msd_rates=[2], msd_channels=[2, 2, 2, 2, 2, 2], msd_groups=[1, 1, 1, 1, 1, 1],
+    mpd_periods=[2, 3], mpd_channels=[2, 2, 2, 2, 2], msd_rates=[2], msd_channels=[2] * 6, msd_groups=[1] * 6,
     mrd_windows=[512, 256], mrd_channels=2,
 )
 
@@ -134,8 +142,8 @@ def test_the_teacher_hears_the_source_where_the_batch_has_it(batch):
     assert heard[-1][1] is False
 
 
-def test_distances_of_features(batch):
-    tokenizer, objective = build()
+def test_distances_of_features():
+    _, objective = build()
     a, b = torch.rand(2, 1, 8000) - 0.5, torch.rand(2, 1, 8000) - 0.5
     features = [objective.teacher.features(x[:, 0], floor) for x, floor in ((a, True), (b, False))]
     torch.testing.assert_close(objective.distill(a, b), F.mse_loss(*features))
@@ -193,9 +201,7 @@ def test_the_parity_function_takes_other_options(name, tmp_path):
     save_file({discriminator_name(k, 2, 2): v.contiguous() for k, v in objective.discriminators["dac"].state_dict().items()},
               tmp_path / "discriminator.safetensors")
     save_file({k: v.contiguous() for k, v in objective.teacher.network.state_dict().items()}, tmp_path / "teacher.safetensors")
-    loss = {k: 0.5 for k in ("mel_weight", "adversarial_weight", "feature_matching_weight", "acoustic_codebook_weight",
-                             "acoustic_commitment_weight", "lambda_distill_loss", "lambda_semantic_commitment_loss",
-                             "lambda_semantic_codebook_loss")}
+    loss = dict.fromkeys(WEIGHTS, 0.5)
     config = {
         "constructor_args": {
             "quantizer_dropout": 0.5, "use_shared_encoder": model.shared_encoder, "semantic_subtraction": model.subtract,
@@ -211,8 +217,9 @@ def test_the_parity_function_takes_other_options(name, tmp_path):
         },
         "loss": loss | {"mel": {"n_mels": [10, 20], "window_lengths": [256, 512], "pow": 2, "mag_weight": 1, "log_weight": 1,
                                 "clamp_eps": 1e-5}},
-        "train": {"betas": [0.8, 0.9], "eps": 1e-8, "weight_decay": 0.01, "learning_rate": 1e-3, "min_lr": 1e-4, "warmup_steps": 2,
-                  "discriminator_lr": 1e-3, "clip_grad_norm": 1.0, "step_index": 1, "steps_per_epoch": 5, "max_epoch": 2},
+        "train": {"betas": [0.8, 0.9], "eps": 1e-8, "weight_decay": 0.01, "learning_rate": 1e-3, "min_lr": 1e-4,
+                  "warmup_steps": 2, "discriminator_lr": 1e-3, "clip_grad_norm": 1.0, "step_index": 1, "steps_per_epoch": 5,
+                  "max_epoch": 2},
         "data": {"raw_sample_rate": 22_050, "segment_seconds": 0.1},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
