@@ -320,7 +320,8 @@ def test_eval_errors(capsys, model):
     assert "--batch-size must be at least 1" in error("--batch-size", "0")
     broken = load(model)
     with torch.no_grad():
-        broken.decoder.conv_out.bias.fill_(float("nan"))
+        for tensor in broken.decoder.parameters():
+            tensor.fill_(float("nan"))
     broken.save_pretrained(model)
     assert "gave NaN or infinite pixels for" in error("--metrics", "psnr")
 
