@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def unpack(packages: Iterable[str], scratch: Path, given: Path | None = None) -> dict[str, Path]:
-    """Unpack each package into scratch/NAME. given: a folder that holds the .deb files; without it they are downloaded.
+def unpack(packages: Iterable[str], scratch: Path, given: Path | None = None, join: bool = False) -> dict[str, Path]:
+    """Unpack each package into scratch/NAME, or, to join them, all into scratch/all; the folder of each.
+
+    given: a folder that holds the .deb files; without it they are downloaded.
 
     Needs Debian or a system with its packages, and dpkg-deb.
     """
@@ -17,6 +19,6 @@ def unpack(packages: Iterable[str], scratch: Path, given: Path | None = None) ->
         archives = sorted((given or scratch).glob(f"{package}_*.deb"))
         if not archives:
             raise SystemExit(f"there is no {package}_*.deb in {given}")
-        folders[package] = scratch / package
+        folders[package] = scratch / ("all" if join else package)
         subprocess.run(["dpkg-deb", "-x", archives[-1], folders[package]], check=True)
     return folders

@@ -49,7 +49,7 @@ class AudioFile:
     """An open sound file; made by `open_audio`."""
 
     def __init__(self, file: soundfile.SoundFile, name: str):
-        self._file, self.name = file, name
+        self._file, self.name, self.format = file, name, str(file.format)     # libsndfile's name of the format
         self.info = AudioInfo(file.samplerate, file.channels, file.frames)
 
     def read(self, first: int = 0, samples: int | None = None) -> Tensor:

@@ -5,7 +5,7 @@ Each function takes the folder in which a collection was unpacked and yields `Cl
 
 import gzip
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from tokenizers_lab.data.audio import EXTENSIONS
+from tokenizers_lab.data.manifest import read_manifest
+from tokenizers_lab.data.shards import sample_name, shard_samples
 from tokenizers_lab.data.sources import natural_key
+from tokenizers_lab.data.speech import SpeechReader
 from tokenizers_lab.errors import DataError
+from tokenizers_lab.settings import SpeechDataConfig
 
 _STRING = r'"((?:[^"\\]|\\.)*)"'
 _DIALOG = re.compile(rf'dialogId\(\s*{_STRING}\s*,\s*"(?:font_)?(\w*)"\s*,\s*{_STRING}\s*\)\s*dialogStr\(\s*{_STRING}\s*\)')
@@ -117,6 +121,32 @@ def librispeech(root: Path) -> Found:
                 yield Clip(key, sounds[name], texts[name].strip(), name.split("-")[0], "en")
 
 
+def listed_clips(manifest: Path) -> Found:
+    """The clips of a manifest in CSV, TSV or JSON lines (`data.manifest`)."""
+    for row in read_manifest(manifest):
+        path = manifest.parent / row.file
+        key = Path(row.file).with_suffix("").as_posix().lstrip("/")
+        if path.is_file():
+            yield Clip(key, path, row.text, row.speaker, row.language, row.duration)
+        else:
+            yield Refused(key, "no sound file")
+
+
+def emilia(shards: Sequence[str]) -> Found:
+    """Webdataset shards of Emilia, or alike: for each clip a sound file, and a JSON file with text, speaker and language."""
+    reader = SpeechReader(SpeechDataConfig())
+    for url in shards:
+        for sample in shard_samples(url, parts=reader.parts):
+            key = sample["__key__"]
+            try:
+                raw = reader.from_shard(sample, sample_name(url, sample))
+            except DataError as error:
+                yield Refused(key, str(error))
+                continue
+            assert isinstance(raw.content, bytes)
+            yield Clip(key, raw.content, **raw.about)
+
+
 def read_g722(path: Path) -> tuple[Tensor, int]:
     """A raw G.722 file at 64 kbit/s: float32 (1, samples), and its sample rate, 16000. Raises DataError.
 
@@ -164,5 +194,5 @@ def _unescaped(text: str) -> str:
     return " ".join(re.sub(r"\\(.)", lambda m: {"n": " "}.get(m[1], m[1]), text).split())
 
 
-def _sorted(paths: Iterator[Path]) -> list[Path]:
+def _sorted(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda p: natural_key(p.as_posix()))
