@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -231,13 +232,17 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is missing or damaged: {error}") from error
 
 
+def check_fit(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError naming the first key of a state dict that is missing, left over or of another shape."""
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    shapes = sorted(k for k in expected.keys() & state.keys() if expected[k] != state[k].shape)
+    problems = [("misses", missing), ("has left over", extra), ("has in another shape", shapes)]
+    said = [f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "") for what, keys in problems if keys]
+    if said:
+        raise CheckpointError(f"{source} {'; '.join(said)}")
+
+
 def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Strict load that names what does not fit. Raises CheckpointError."""
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    if missing or extra or shapes:
-        parts = [f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-                 for what, keys in (("missing", missing), ("left over", extra), ("another shape", sorted(shapes))) if keys]
-        raise CheckpointError(f"{source} does not fit the model: {'; '.join(parts)}")
+    check_fit({k: v.shape for k, v in module.state_dict().items()}, state, f"{source} does not fit the model: it")
     module.load_state_dict(state)

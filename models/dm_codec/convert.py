@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_lab.errors import CheckpointError, ConfigError
+from tokenizers_lab.tokenizer import check_fit
 
 from .config import ModelConfig
 from .model import DMCodec
 
+RELEASE = "the official DM-Codec checkpoint"      # in errors
 OFFICIAL = {
     "hub_id": "mubtasimahasan/DM-Codec",      # of the code, on GitHub
     "download": "links in the README of https://github.com/mubtasimahasan/DM-Codec",
@@ -67,7 +69,7 @@ def from_official(checkpoint: Mapping[str, Any], config: Mapping[str, Any] | Non
     model, teacher_width = official_config(config)
     ours = our_tensors(model, teacher_width)
     names = {k: official_name(k) for k in ours}
-    check_fit({names[k]: v.shape for k, v in ours.items()}, state)
+    check_fit({names[k]: v.shape for k, v in ours.items()}, state, RELEASE)
     found = {k: state[official] for k, official in names.items()}
     return Converted(
         model, {k: v for k, v in found.items() if not k.startswith("transform.")},
@@ -131,20 +133,8 @@ def discriminators_from_official(module: nn.Module, state: Mapping[str, Tensor])
     """State of our discriminators `module` from the official one, `mpd.…`, `msd.…`, `mstftd.…`. Raises CheckpointError."""
     ours = module.state_dict()
     names = {k: discriminator_name(k) for k in ours}
-    check_fit({names[k]: v.shape for k, v in ours.items()}, state)
+    check_fit({names[k]: v.shape for k, v in ours.items()}, state, RELEASE)
     return {k: state[name] for k, name in names.items()}
-
-
-def check_fit(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError naming the first official key that is missing, left over or of another shape."""
-    problems = [
-        ("misses", sorted(expected.keys() - state.keys())),
-        ("has left over", sorted(state.keys() - expected.keys())),
-        ("has in another shape", sorted(k for k in expected.keys() & state.keys() if expected[k] != state[k].shape)),
-    ]
-    said = [f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "") for what, keys in problems if keys]
-    if said:
-        raise CheckpointError(f"the official DM-Codec checkpoint {'; '.join(said)}")
 
 
 def our_tensors(model: ModelConfig, teacher_width: int) -> dict[str, Tensor]:

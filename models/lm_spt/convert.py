@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from tokenizers_lab.errors import CheckpointError, ConfigError
+from tokenizers_lab.tokenizer import check_fit
 
 from .config import AuxiliaryConfig, ModelConfig
 from .model import LMSPT
 
+RELEASE = "the official LM-SPT checkpoint"      # in errors
 OFFICIAL = {
     "hub_id": "kakaocorp/lmspt",
     "revision": "main",
@@ -51,7 +53,7 @@ def from_official(checkpoint: Mapping[str, Any], config: Mapping[str, Any] | Non
     with torch.device("meta"):
         ours = LMSPT(model).state_dict()
     names = {key: official_names(key, model) for key in ours if key not in OURS_ONLY}
-    check_fit({name: ours[key].shape for key, found in names.items() for name in found}, checkpoint)
+    check_fit({name: ours[key].shape for key, found in names.items() for name in found}, checkpoint, RELEASE)
     for found in names.values():
         if len(found) == 2 and not torch.equal(checkpoint[found[0]], checkpoint[found[1]]):
             raise CheckpointError(f"the encoder is said to be shared, but {found[0]} and {found[1]} differ")
@@ -107,20 +109,8 @@ def discriminator_from_official(
 ) -> dict[str, Tensor]:
     """The authors' discriminator for a `DacDiscriminator` whose tensors are `ours`. Raises CheckpointError."""
     names = {key: discriminator_name(key, periods, rates) for key in ours}
-    check_fit({name: ours[key].shape for key, name in names.items()}, state)
+    check_fit({name: ours[key].shape for key, name in names.items()}, state, RELEASE)
     return {key: state[name] for key, name in names.items()}
-
-
-def check_fit(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError naming the first official key that is missing, left over or of another shape."""
-    problems = [
-        ("misses", sorted(expected.keys() - state.keys())),
-        ("has left over", sorted(state.keys() - expected.keys())),
-        ("has in another shape", sorted(k for k in expected.keys() & state.keys() if expected[k] != state[k].shape)),
-    ]
-    said = [f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "") for what, keys in problems if keys]
-    if said:
-        raise CheckpointError(f"the official LM-SPT checkpoint {'; '.join(said)}")
 
 
 def arguments_of(config: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

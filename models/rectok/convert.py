@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_lab.errors import CheckpointError, ConfigError
+from tokenizers_lab.tokenizer import check_fit
 
 from .config import ModelConfig, ViTConfig
 from .model import RecTok, SemanticMLP, SemanticTransformer
 
+RELEASE = "the official RecTok checkpoint"      # in errors
 OFFICIAL = {
     "hub_id": "QingyuShi/RecTok",
     "revision": "main",
@@ -84,7 +86,7 @@ def from_official(checkpoint: Mapping[str, Any], config: Mapping[str, Any] | Non
     semantic = infer_semantic(state, sizes)
     ours = our_tensors(model, semantic)
     by_official = {official_name(k): k for k in ours if k not in OURS_ONLY}
-    check_fit({official: official_shape(k, ours[k].shape) for official, k in by_official.items()}, state)
+    check_fit({official: official_shape(k, ours[k].shape) for official, k in by_official.items()}, state, RELEASE)
     found = {k: state[official].reshape(ours[k].shape) for official, k in by_official.items()}
     statistics = {"latent_mean": torch.zeros(model.latent_channels), "latent_std": torch.ones(model.latent_channels)}
     tokenizer = {k: v for k, v in found.items() if not k.startswith("semantic_")}
@@ -122,18 +124,6 @@ def official_name(key: str) -> str:
 def official_shape(key: str, shape: torch.Size) -> torch.Size:
     """The official shape of one of our tensors: the map to pixels is a 1 × 1 convolution there, a linear map here."""
     return torch.Size((*shape, 1, 1)) if key == "decoder.pixels.weight" else shape
-
-
-def check_fit(expected: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError naming the first official key that is missing, left over or of another shape."""
-    problems = [
-        ("misses", sorted(expected.keys() - state.keys())),
-        ("has left over", sorted(state.keys() - expected.keys())),
-        ("has in another shape", sorted(k for k in expected.keys() & state.keys() if expected[k] != state[k].shape)),
-    ]
-    said = [f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "") for what, keys in problems if keys]
-    if said:
-        raise CheckpointError(f"the official RecTok checkpoint {'; '.join(said)}")
 
 
 def official_size(name: str, config: Mapping[str, Any] | None = None) -> ViTConfig:
