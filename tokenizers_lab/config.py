@@ -54,7 +54,9 @@ def load_config(path_or_name: str | os.PathLike[str], overrides: Sequence[str] =
 def save_config(cfg: RunConfig, path: str | os.PathLike[str]) -> Path:
     """Write the config with every option as YAML that `load_config` reads back equal. Returns the path."""
     path = Path(path)
-    path.write_text(to_yaml(cfg), encoding="utf-8")
+    draft = path.with_name(f".{path.name}.tmp")      # other processes may read the file meanwhile
+    draft.write_text(to_yaml(cfg), encoding="utf-8")
+    os.replace(draft, path)
     return path
 
 

@@ -163,3 +163,11 @@ def test_impossible_batches_and_missing_data(config, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError):
         train(config(f"data.train={tmp_path / 'empty'}"))
+
+
+def test_trackers(config, monkeypatch):
+    monkeypatch.setattr("tokenizers_lab.training.tracking.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ConfigError, match="tensorboard and wandb"):
+        train(config("train.trackers=[mlflow]"))
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        train(config("train.trackers=[wandb]"))

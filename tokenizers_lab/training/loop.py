@@ -19,7 +19,7 @@ from tokenizers_lab.training.objective import weighted_sum
 from tokenizers_lab.training.optim import build_optimizer, learning_rate, set_learning_rate, update_ema
 from tokenizers_lab.training.run import DiscriminatorStep, GeneratorStep, RunResult, State
 from tokenizers_lab.training.signals import StopFlag
-from tokenizers_lab.training.tracking import Meter, Tracker
+from tokenizers_lab.training.tracking import Meter, Tracker, check_trackers
 
 
 def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
@@ -29,6 +29,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
     number of processes. Raises TrainingError, CheckpointError, ConfigError, DataError, WeightsMissing.
     """
     began = time.monotonic()
+    check_trackers(cfg.train.trackers)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),      # else accelerate leaves torchrun's processes on a CPU unjoined
         mixed_precision=cfg.train.precision, log_with=cfg.train.trackers or None, project_dir=cfg.out,

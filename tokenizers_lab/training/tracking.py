@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import get_available_trackers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tokenizers_lab.errors import ConfigError
+
+TRACKERS = ("tensorboard", "wandb")
 PLAIN_EVERY = 15.0      # seconds between two lines where there is no terminal
 
 
@@ -65,6 +69,16 @@ class Tracker:
             self.accelerator.end_training()
 
 
+def check_trackers(names: list[str]) -> None:
+    """Raise ConfigError on a tracker whose package is not installed; accelerate would leave it out in silence."""
+    available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"train.trackers knows {' and '.join(TRACKERS)}, not '{name}'; metrics.jsonl is always written")
+        if name not in available:
+            raise ConfigError(f"train.trackers names {name}, which is not installed: pip install {name}")
+
+
 def keep_records(file: Path, step: int) -> None:
     """Drop the records after `step` and a torn last line, so that a resumed run writes each step once."""
     kept = []
@@ -96,5 +110,5 @@ class Meter:
     def read(self) -> dict[str, torch.Tensor]:
         """The means, and start anew."""
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
-        self.__init__()      # type: ignore[misc]
+        self.sums, self.counts = {}, {}
         return means
