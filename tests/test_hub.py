@@ -110,7 +110,7 @@ def change_config(folder: Path, **changes) -> None:
     (lambda f: (f / CONFIG_FILE).write_text("[]"), "no readable config.json"),
     (lambda f: change_config(f, system="other"), "the system 'other', which is not installed"),
     (lambda f: change_config(f, model={"pach": 8}), "model has no option 'pach'; nearest: 'patch'"),
-    (lambda f: change_config(f, model=asdict(replace(SMALL, latent_channels=7))), "does not fit the model: it has in another shape"),
+    (lambda f: change_config(f, model=asdict(replace(SMALL, latent_channels=7))), "does not fit the model: it has in another"),
     (lambda f: change_config(f, model=asdict(replace(SMALL, qk_norm=True))), "does not fit the model: it misses"),
     (lambda f: save_file(load_file(f / WEIGHTS_FILE) | {"extra": torch.zeros(1)}, f / WEIGHTS_FILE), "left over extra"),
     (lambda f: (f / CONFIG_FILE).unlink(), "holds no tokenizer"),

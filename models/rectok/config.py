@@ -110,6 +110,10 @@ def check_objective(cfg: ObjectiveConfig, where: str = "objective") -> None:
             raise ConfigError(f"{where}.teachers: '{name}' cannot name a teacher (no dots)")
 
 
+STAGE_MAY_CHANGE = ("gamma", "logits_weight", "mask_ratio", "mask_ratio_min", "mask_ratio_type", "noise_schedule",
+                    "semantic_input", "semantic_loss", "semantic_target")
+
+
 def validate(cfg: Any) -> None:
     """Rules over the options of a run (`RunConfig`), beyond their types. Raises ConfigError."""
     from tokenizers_lab.config import override_objective
@@ -118,6 +122,9 @@ def validate(cfg: Any) -> None:
     if cfg.data.size % cfg.model.patch:
         raise ConfigError(f"data.size {cfg.data.size} must be a multiple of model.patch {cfg.model.patch}")
     for i, stage in enumerate(cfg.stages):
+        fixed = sorted(set(stage.objective) - set(STAGE_MAY_CHANGE))
+        if fixed:      # networks are built once
+            raise ConfigError(f"stages.{i}.objective cannot change '{fixed[0]}'; it may change {', '.join(STAGE_MAY_CHANGE)}")
         objective = override_objective(cfg.objective, stage.objective, f"stages.{i}.objective")
         check_objective(objective, "objective" if not stage.objective else f"stages.{i}.objective")
         unknown = sorted(set(stage.weights) - set(TERMS))

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 # GAN from step 5, stage 2 from step 8 with a fresh discriminator, 12 steps in all
 SHORT = [
     "name=short", "train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.validate_every=4",
@@ -51,8 +53,10 @@ class Runner:
             assert process.poll() is None, self.finish(process)
             assert time.monotonic() < deadline, "the run did not reach the step"
             time.sleep(0.005)
-        if process.poll() is None:
-            os.killpg(process.pid, number)
+        assert process.poll() is None, "the run ended before the signal"
+        family = [psutil.Process(process.pid)]
+        for member in [*family[0].children(recursive=True), *family]:      # torchrun's workers have process groups of their own
+            member.send_signal(number)
 
     def records(self) -> list[dict]:
         file = self.run / "metrics.jsonl"

@@ -1,6 +1,8 @@
 """The loop in this process: guard, strikes, limits, accumulation, checkpointing, starting weights."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tokenizers_lab.config import load_config
 from tokenizers_lab.errors import CheckpointError, ConfigError, DataError, TrainingError
 from tokenizers_lab.hub import load
 from tokenizers_lab.models.rectok.objective import RecTokObjective
+from tokenizers_lab.training import run as run_parts
 from tokenizers_lab.training.checkpoint import newest_checkpoint, read_state
 from tokenizers_lab.training.loop import train
 
@@ -123,7 +126,7 @@ def test_a_run_is_never_overwritten_nor_mixed_by_accident(config):
     train(config())
     with pytest.raises(TrainingError, match=r"--resume.*--fresh"):
         train(config())
-    with pytest.raises(ConfigError, match="another 'model'"):
+    with pytest.raises(ConfigError, match=r"model.decoder.depth=1, not 2"):
         train(config("model.decoder.depth=2"), resume="must")
     with pytest.raises(TrainingError, match="nothing to resume"):
         train(config("name=other"), resume="must")
@@ -171,3 +174,56 @@ def test_trackers(config, monkeypatch):
         train(config("train.trackers=[mlflow]"))
     with pytest.raises(ConfigError, match="pip install wandb"):
         train(config("train.trackers=[wandb]"))
+
+
+def test_a_signal_while_validating_saves_and_the_resumed_run_validates_once(config, monkeypatch):
+    real, calls = run_parts.validate, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) in (1, 3):      # in the middle of the run, then at its end
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(run_parts, "validate", interrupted)
+    options = ("train.validate_every=2", "train.checkpoint_every=100")
+    first = train(config(*options))
+    assert (first.status, first.step, first.signal) == ("interrupted", 2, signal.SIGTERM)
+    assert read_state(newest_checkpoint(first.folder))["validation"] == {}
+    second = train(config(*options), resume="must")
+    assert (second.status, second.step) == ("interrupted", 4)
+    third = train(config(*options), resume="must")
+    assert (third.status, third.step) == ("finished", 4)
+    assert [r["step"] for r in records(first.folder, "val")] == [2, 4]
+    assert "psnr" in read_state(newest_checkpoint(first.folder))["validation"]
+    assert train(config(*options), resume="must").status == "finished" and len(calls) == 4
+
+
+def test_a_resumed_run_is_the_same_run(config):
+    train(config("train.checkpoint_every=2"))
+    with pytest.raises(ConfigError, match=r"stages.0.lr=0.001, not 0.1"):
+        train(config("stages.0.lr=0.1"), resume="must")
+    with pytest.raises(ConfigError, match=r"train.best must be one of psnr, ssim"):
+        train(config("train.best=pnsr"), resume="must")
+
+
+def test_damaged_newer_checkpoints_do_not_push_out_whole_ones(config):
+    cfg = config("train.checkpoint_every=1", "train.keep_last=1", "train.keep_best=0")
+    run = train(config("train.checkpoint_every=1", "train.keep_last=9")).folder
+    for step in (3, 4):
+        (run / f"checkpoints/step_{step:08d}/manifest.json").unlink()
+    with pytest.warns(UserWarning, match="damaged"):
+        assert train(cfg, resume="must").step == 4
+    kept = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert kept == ["damaged-step_00000003", "damaged-step_00000004", "step_00000004"]
+
+
+@pytest.mark.slow
+def test_compiled_parts_follow_the_stages(config):
+    stage = "steps: 1, lr: 1e-3, weights: {mse: 1.0}"
+    stages = f"stages=[{{name: a, parts: [decoder], {stage}}}, {{name: b, {stage}}}]"
+    plain, compiled = (train(config(f"name=c{on}", f"train.compile={on}", stages)).folder for on in ("false", "true"))
+    a, b = weights(plain), weights(compiled)
+    assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
+    first = load(str(plain / "checkpoints/step_00000001")).state_dict()
+    assert any(not torch.equal(first[k], b[k]) for k in b if k.startswith("encoder."))      # stage b trains the encoder

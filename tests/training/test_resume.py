@@ -23,7 +23,8 @@ def killed_and_resumed(runner: Runner, steps: list[int], **options) -> None:
         process = runner.start("--auto-resume", **options)
         runner.signal_at(process, step)
         runner.finish(process)
-    runner.train("--auto-resume", **options)
+        assert process.returncode != 0 and runner.step() < 12      # the kill landed in the middle
+    assert "resumed from" in runner.train("--auto-resume", **options)
 
 
 def training_losses(runner: Runner) -> list[tuple[int, float]]:

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +75,8 @@ def leave_process_group() -> bool:
 
 def again(args: argparse.Namespace) -> str:
     """The command that goes on with the run."""
-    return " ".join(["toklab train", args.config, *args.overrides, "--resume"])
+    program = sys.argv[0] if Path(sys.argv[0]).name == "toklab" else "toklab"
+    return shlex.join([program, "train", args.config, *args.overrides, "--resume"])
 
 
 def summarise(cfg: "RunConfig", folder: Path) -> None:

@@ -94,7 +94,8 @@ def save_checkpoint(
             return str(error) or type(error).__name__
 
     def begin() -> None:
-        shutil.rmtree(draft, ignore_errors=True)
+        for leftover in [*final.parent.glob(".unfinished-*"), *final.parent.glob(".deleting-*")]:
+            shutil.rmtree(leftover, ignore_errors=True)
         (draft / "training").mkdir(parents=True)
 
     def finish() -> None:
@@ -103,10 +104,12 @@ def save_checkpoint(
         (draft / MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=1) + "\n")
         for path in [*files, draft / MANIFEST, draft / "training", draft]:
             sync(path)
-        if final.exists():      # the damaged or older twin that this one replaces
-            shutil.rmtree(final)
+        doomed = final.with_name(f".deleting-{final.name}")
+        if final.exists():      # an earlier save of the same step, without its validation
+            os.replace(final, doomed)
         os.replace(draft, final)
         sync(final.parent)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     on_main = (lambda action: attempt(action)) if rank == 0 else (lambda action: "")
     failure = ""
@@ -129,6 +132,13 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def set_aside_newer(run: Path, checkpoint: Path) -> None:
+    """Rename the damaged checkpoints that are newer than the one a run resumes from: kept to look at, they count no more."""
+    for folder in list_checkpoints(run):
+        if folder.name > checkpoint.name:
+            os.replace(folder, folder.with_name(f"damaged-{folder.name}"))
 
 
 def prune_checkpoints(run: Path, keep_last: int, keep_best: int, best: str) -> None:

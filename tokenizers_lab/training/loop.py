@@ -12,6 +12,7 @@ from tokenizers_lab.config import override_objective
 from tokenizers_lab.data.loader import build_loader
 from tokenizers_lab.draw import Draw, stable_seed
 from tokenizers_lab.errors import ConfigError, TrainingError
+from tokenizers_lab.metrics import IMAGE_METRICS
 from tokenizers_lab.settings import RunConfig
 from tokenizers_lab.training import run as run_parts
 from tokenizers_lab.training.checkpoint import prune_checkpoints
@@ -30,6 +31,9 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
     """
     began = time.monotonic()
     check_trackers(cfg.train.trackers)
+    if cfg.train.best.lstrip("-") not in IMAGE_METRICS:
+        raise ConfigError(f"train.best must be one of {', '.join(IMAGE_METRICS)}, with a minus where smaller is better, "
+                          f"not '{cfg.train.best}'")
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),      # else accelerate leaves torchrun's processes on a CPU unjoined
         mixed_precision=cfg.train.precision, log_with=cfg.train.trackers or None, project_dir=cfg.out,
@@ -49,7 +53,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
     # --- folder, networks, checkpoint -------------------------------------------------------------------------------
     run, checkpoint = run_parts.prepare_run_folder(cfg, resume, main=rank == 0)
     agree(True)      # all ranks have looked before rank 0 writes
-    nets = run_parts.build_networks(cfg, device)
+    nets = run_parts.build_networks(cfg, device, resumed=checkpoint is not None)
     state, data_state = State(), None
     saved_optimizers: dict[str, Any] = {}
     if checkpoint is not None:
@@ -57,7 +61,8 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
     saved_step = state.step if checkpoint is not None else -1
     lengths = run_parts.stage_lengths(cfg)
     total_steps = sum(steps for steps, _ in lengths)
-    if state.step >= total_steps:
+    unvalidated = cfg.data.val and state.validated != state.step      # a signal came while it was validating
+    if state.step >= total_steps and not unvalidated:
         return RunResult(run, state.step, total_steps, "finished")
     if cfg.train.trackers:
         accelerator.init_trackers(run.name, config={"system": cfg.system, "name": cfg.name})
@@ -79,7 +84,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
         first = 0
         for stage, (steps, unit) in zip(cfg.stages, lengths):
             first, last = first + steps, first + steps      # `last`: global step at which the stage ends
-            if state.step >= last:
+            if state.step > last or (state.step == last and not unvalidated):
                 continue
             start = last - steps
 
@@ -89,6 +94,8 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                 for part in stage.fresh:
                     nets.part(part).load_state_dict(nets.initial[part])
             nets.select(stage.parts)
+            if cfg.train.compile:
+                torch.compiler.reset()      # compiled code does not notice that other parts train now
             nets.tokenizer.train()
             nets.objective.train()
             generator, discriminator = GeneratorStep(nets.tokenizer, nets.objective), DiscriminatorStep(nets.objective)
@@ -119,7 +126,9 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                         interrupted = True
                     else:
                         tracker.log(state.step, stage.name, "val", metrics)
-                        state.validated, state.validation = state.step, metrics
+                        state.validated, state.validation, unvalidated = state.step, metrics, False
+                        if saved_step == state.step:      # resumed after a signal in the middle of validating
+                            saved_step, due["save"] = -1, True
                         value = sign * metrics[cfg.train.best.lstrip("-")]
                         if state.best is None or value > state.best:
                             state.best, due["save"] = value, True
@@ -130,7 +139,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                     saved_step = state.step
                     if rank == 0:
                         prune_checkpoints(run, cfg.train.keep_last, cfg.train.keep_best, cfg.train.best)
-                if stops and state.step < total_steps:
+                if stops and (state.step < total_steps or (cfg.data.val and state.validated != state.step)):
                     tracker.close()
                     return RunResult(run, state.step, total_steps, "interrupted" if interrupted else "out of time", stop.raised)
                 if ends:
@@ -148,7 +157,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                 draw = Draw(cfg.train.seed, rank, state.step, device)
                 torch.manual_seed(stable_seed(cfg.train.seed, rank, state.step, "dropout"))      # for dropout inside backbones
                 before = [b.clone() for b in nets.buffers()]
-                finite, taken = torch.ones((), device=device), []
+                finite, taken, all_logs = torch.ones((), device=device), [], []
                 for micro in range(cfg.train.accumulate):
                     batch, data_state = next(batches)
                     batch = batch.to(device)
@@ -167,15 +176,16 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                         logs |= {**judged.terms, **judged.logs}
                         finite = finite * judgement.detach().isfinite()
                     finite = finite * loss.detach().isfinite()
-                    meter.add(logs)
+                    all_logs.append(logs)
                 norms = {"grad_norm": accelerator.clip_grad_norm_(generator_params, cfg.train.optimizer.clip or float("inf"))}
                 if gan:
                     clip = cfg.train.discriminator_optimizer.clip or float("inf")
                     norms["discriminator_grad_norm"] = accelerator.clip_grad_norm_(discriminator_params, clip)
                 finite = finite * torch.stack(list(norms.values())).isfinite().all()
-                meter.add(norms)
                 if agree(bool(finite)):      # no rank updates unless all can
                     state.strikes = 0
+                    for logs in [*all_logs, norms]:
+                        meter.add(logs)
                     for name in ("generator", "discriminator") if gan else ("generator",):
                         optimizers[name].step()
                     update_ema(nets.ema, nets.tokenizer, cfg.train.ema)
@@ -198,14 +208,14 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                 interval_steps += 1
                 if state.step % cfg.train.log_every == 0 or state.step == last:
                     means = meter.read()
-                    row = accelerator.reduce(torch.stack(list(means.values())), "mean").tolist()
-                    record = dict(zip(means, row))
+                    row = accelerator.reduce(torch.stack(list(means.values())), "mean").tolist() if means else []
+                    record = dict(zip(means, row))      # empty where no step of the interval was finite
                     seconds = time.monotonic() - interval_began
                     speed = interval_steps * cfg.train.batch_size / seconds
                     waiting = loader.wait_seconds() / seconds
                     record |= {"lr": lr, "samples_per_second": speed, "waiting": waiting}
                     tracker.log(state.step, stage.name, "train", record)
-                    note = f"loss {record['loss']:.4f}  {speed:.1f}/s  data {waiting:.0%}"
+                    note = f"loss {record.get('loss', float('nan')):.4f}  {speed:.1f}/s  data {waiting:.0%}"
                     if device.type == "cuda":
                         note += f"  GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
                     tracker.progress(state.step, stage.name, note)

@@ -4,7 +4,7 @@ import copy
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +22,23 @@ from tokenizers_lab.errors import CheckpointError, ConfigError, TrainingError
 from tokenizers_lab.metrics import IMAGE_METRICS, image_metrics
 from tokenizers_lab.registry import get_system
 from tokenizers_lab.settings import RunConfig, StageConfig
-from tokenizers_lab.tokenizer import ImageTokenizer, Tokenizer, load_weights, read_weights, write_tokenizer_files
-from tokenizers_lab.training.checkpoint import STATE, list_checkpoints, load_torch, newest_checkpoint, read_state, save_checkpoint
+from tokenizers_lab.tokenizer import ImageTokenizer, Tokenizer, load_weights, read_config, read_weights, write_tokenizer_files
+from tokenizers_lab.training.checkpoint import (
+    STATE,
+    list_checkpoints,
+    load_torch,
+    newest_checkpoint,
+    read_state,
+    save_checkpoint,
+    set_aside_newer,
+)
 from tokenizers_lab.training.objective import Losses, Objective
 from tokenizers_lab.training.signals import StopFlag
 
+# options that do not change what is learned; the data's own checks notice when other data stand at the place
+MAY_CHANGE = {"out", "name", "data.train", "data.val", "data.workers", "data.bad_fraction", "data.max_pixels", "data.samples",
+              *(f"train.{name}" for name in ("max_minutes", "log_every", "validate_every", "checkpoint_every", "keep_last",
+                                             "keep_best", "best", "max_strikes", "compile", "trackers"))}
 Resume = Literal["never", "must", "auto", "fresh"]
 
 
@@ -114,8 +126,8 @@ class Networks:
         return [*self.tokenizer.buffers(), *self.objective.heads.buffers(), *self.objective.discriminators.buffers()]
 
 
-def build_networks(cfg: RunConfig, device: torch.device) -> Networks:
-    """Tokenizer, its moving average and the objective, with seeded first weights or those of `init_from`."""
+def build_networks(cfg: RunConfig, device: torch.device, resumed: bool = False) -> Networks:
+    """Tokenizer, its moving average and the objective, with seeded first weights or those of `init_from` (unless resumed)."""
     system = get_system(cfg.system)
     torch.manual_seed(stable_seed(cfg.train.seed, "init") % 2**63)
     tokenizer = system.resolve("tokenizer")(cfg.model)
@@ -124,7 +136,7 @@ def build_networks(cfg: RunConfig, device: torch.device) -> Networks:
     networks = Networks(tokenizer, tokenizer, objective, initial)
     for part in {name for stage in cfg.stages for name in stage.fresh}:
         initial[part] = {k: v.clone() for k, v in networks.part(part).state_dict().items()}
-    if cfg.init_from:
+    if cfg.init_from and not resumed:
         init_from(networks, cfg.init_from)
     networks.tokenizer.to(device)
     networks.objective.to(device)
@@ -203,6 +215,8 @@ def prepare_run_folder(cfg: RunConfig, resume: Resume, main: bool) -> tuple[Path
         raise CheckpointError(f"every checkpoint in {run}/checkpoints is damaged: restore one, or start again with --fresh")
     if checkpoint is not None:
         refuse_other_config(cfg, run / "config.yaml")
+        if main:
+            set_aside_newer(run, checkpoint)
     if main:
         run.mkdir(parents=True, exist_ok=True)
         save_config(cfg, run / "config.yaml")
@@ -210,13 +224,23 @@ def prepare_run_folder(cfg: RunConfig, resume: Resume, main: bool) -> tuple[Path
 
 
 def refuse_other_config(cfg: RunConfig, saved: Path) -> None:
-    """A resumed run keeps its network, objective and seed. Raises ConfigError that names what differs."""
-    old = load_config(str(saved))
-    for name in ("system", "model", "objective"):
-        if getattr(old, name) != getattr(cfg, name):
-            raise ConfigError(f"{saved} has another '{name}' than this config: choose another name=… or --fresh")
-    if (old.train.seed, old.train.batch_size) != (cfg.train.seed, cfg.train.batch_size):
-        raise ConfigError(f"{saved} has another train.seed or train.batch_size: choose another name=… or --fresh")
+    """A resumed run is the same run. Raises ConfigError naming the first option that would make another of it."""
+    old, new = (dict(_options(asdict(c))) for c in (load_config(str(saved)), cfg))
+    for key in sorted(old.keys() | new.keys()):
+        if key not in MAY_CHANGE and old.get(key) != new.get(key):
+            raise ConfigError(f"{saved} has {key}={old.get(key)}, not {new.get(key)}: resume with the same value, choose another "
+                              "name=…, or start anew with --fresh")
+
+
+def _options(section: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _options(value, f"{path}{name}.")
+        elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+            for number, item in enumerate(value):
+                yield from _options(item, f"{path}{name}.{number}.")
+        else:
+            yield f"{path}{name}", list(value) if isinstance(value, tuple) else value
 
 
 def write_checkpoint(run: Path, cfg: RunConfig, state: State, nets: Networks, optimizers: dict[str, Any], data_state: Any,
@@ -241,6 +265,7 @@ def write_checkpoint(run: Path, cfg: RunConfig, state: State, nets: Networks, op
 def read_checkpoint(folder: Path, nets: Networks, accelerator: Accelerator) -> tuple[State, dict[str, Any], Any]:
     """Load the networks in place; returns the state, the optimisers' states by name, and this rank's place in the data."""
     state = State(**read_state(folder))
+    nets.tokenizer.provenance = read_config(folder)["provenance"]
     load_weights(nets.tokenizer, read_weights(folder / "training/raw.safetensors"), str(folder))
     load_weights(nets.ema, read_weights(folder / "model.safetensors"), str(folder))
     saved = read_weights(folder / "training/objective.safetensors")
