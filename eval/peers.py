@@ -99,12 +99,12 @@ def load_peer(name: str, device: torch.device | str = "cpu") -> DiffusersPeer:
     if it would have to be fetched and cannot be.
     """
     folder = Path(name).expanduser()
-    origin = "folder"
+    source = f"folder {folder.resolve().name}"      # the files' hashes say what it is: where it lies is nobody's business
     if not folder.is_dir():
         if folder.exists() or name.count("/") != 1:
             raise CheckpointError(f"{name} is no folder and no hub id: after {PREFIX} comes one of them")
         wanted = ["config.json", INDEX, *WEIGHTS]
-        folder, origin = hub_snapshot(name, [*wanted, *(f"vae/{file}" for file in wanted)]), "hub"
+        folder, source = hub_snapshot(name, [*wanted, *(f"vae/{file}" for file in wanted)]), f"hub {name}"
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"      # a pipeline's autoencoder
     cfg = _read_config(folder)
@@ -114,7 +114,7 @@ def load_peer(name: str, device: torch.device | str = "cpu") -> DiffusersPeer:
     peer = DiffusersPeer(cfg)
     peer.autoencoder = _load(folder, cfg.autoencoder)
     peer.provenance = {
-        "source": f"{origin} {name}", "class": cfg.autoencoder, "files": {file.name: sha256_of(file) for file in files},
+        "source": source, "class": cfg.autoencoder, "files": {file.name: sha256_of(file) for file in files},
         "config_sha256": sha256_of(folder / "config.json"),
     }
     return peer.to(device).eval()

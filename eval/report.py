@@ -63,7 +63,7 @@ def view_run(folder: Path, tag: str = "") -> RunView:
     """Read a run, evaluating it if its results are not those of its newest checkpoint."""
     run = open_run(folder)
     results = read_results(run)
-    if results is not None and all((run.path / e["original"]).is_file() for e in results["examples"]):
+    if results is not None and all((run.path / e["original"]).is_file() for e in results.get("examples", [])):
         return RunView(run, results, tag=tag)
     try:
         return RunView(run, evaluate_run(run), tag=tag)
@@ -74,7 +74,7 @@ def view_run(folder: Path, tag: str = "") -> RunView:
 def _header(views: list[RunView]) -> str:
     systems = {v.run.config.system: get_system(v.run.config.system) for v in views}
     lines = [f"<h1>{escape(' against '.join(v.name for v in views))}</h1>"]
-    lines += [f'<p class="soft">{escape(s.paper)}<br>{escape(s.summary)}</p>' for s in systems.values()]
+    lines += [f'<p class="soft">{escape(s.paper)}<br>the published model: {escape(s.summary)}</p>' for s in systems.values()]
     for view in views:
         label = f"{escape(view.name)}: " if view.tag else ""
         lines.append(f"<p>{label}<b>{escape(view.run.status)}</b></p>")
@@ -82,7 +82,9 @@ def _header(views: list[RunView]) -> str:
             lines.append(f'<p class="flag">{label}no held-out results: {escape(view.problem)}</p>')
     if len(views) == 2 and all(v.results for v in views):
         a, b = (v.results["protocol"] for v in views if v.results)
-        differing = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+        same_images = a.get("images_sha256") is not None and a.get("images_sha256") == b.get("images_sha256")
+        compared = (a.keys() | b.keys()) - ({"source"} if same_images else set())      # the same pictures under two names
+        differing = [k for k in sorted(compared) if a.get(k) != b.get(k)]
         if differing:
             lines.append('<p class="flag">The two were not measured alike, so their numbers do not compare: '
                          f"they differ in {escape(', '.join(differing))}.</p>")

@@ -43,7 +43,7 @@ def pictures_of(view: "RunView", example: dict[str, Any]) -> dict[str, Image.Ima
 
 def shared_examples(views: "list[RunView]") -> list[tuple[str, str, dict[str, Image.Image]]]:
     """Key, values as text, and pictures by title of the examples that all runs have, from the very same original."""
-    by_run = [{e["key"]: e for e in v.results["examples"]} if v.results else {} for v in views]
+    by_run = [{e["key"]: e for e in v.results.get("examples", [])} if v.results else {} for v in views]
     rows = []
     for key in by_run[0]:
         if not all(key in examples for examples in by_run):

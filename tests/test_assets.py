@@ -136,9 +136,10 @@ def test_the_order_is_user_path_caches_publisher_package(toy, place, server):
     # 1. What the user gives comes first, whatever it holds; the source tells.
     (place / "mine.pth").write_bytes(b"mine")
     mine = find("toy", str(place / "mine.pth"))
-    assert mine.path == place / "mine.pth" and "user file" in mine.source and sha(b"mine") in mine.source
+    assert mine.path == place / "mine.pth" and mine.source == f"user file mine.pth, SHA-256 {sha(b'mine')}"
     (place / "mine.pth").write_bytes(PUBLISHED)
-    assert "toy.pth of its publisher" in find("toy", str(place / "mine.pth")).source
+    again = find("toy", str(place / "mine.pth")).source
+    assert "toy.pth of its publisher" in again and again.endswith("(user file mine.pth)")
     assert find("toy", str(hub)).path == hub / "toy.pth"
     with pytest.raises(WeightsMissing, match=r"absent\.pth"):
         find("toy", str(place / "absent.pth"))

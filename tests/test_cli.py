@@ -366,7 +366,12 @@ def test_latent_stats_normalise_latents(capsys, model, photo):
     Path("photos").mkdir()
     Image.open(photo).save("photos/a.png")
     Image.open(photo).rotate(90, expand=True).save("photos/b.png")
-    toklab(capsys, "latent-stats", model, "photos", "--out", "normal", "--size", "32", "--device", "cpu")
+    said = []
+    for data, out in (("photos", "normal"), (str(Path("photos").resolve()), "again")):
+        toklab(capsys, "latent-stats", model, data, "--out", out, "--size", "32", "--device", "cpu")
+        said.append(json.loads(Path(out, "config.json").read_text())["provenance"]["latent_statistics"])
+    assert said[0] == said[1] and len(said[0].pop("images_sha256")) == 64      # no path of this machine
+    assert said[0] == {"data": "photos", "size": 32, "images": 2, "limit": None}
     toklab(capsys, "encode", "photos/a.png", "photos/b.png", "--model", "normal", "--size", "32", "--device", "cpu")
     latents = []
     for name in ("a", "b"):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tokenizers_lab.adapters.diffusers import DiffusersAutoencoder
 from tokenizers_lab.config import load_config
-from tokenizers_lab.errors import InputError
+from tokenizers_lab.errors import CheckpointError, InputError
 from tokenizers_lab.hub import build_tokenizer, load
 from tokenizers_lab.models.rectok.config import ModelConfig, ViTConfig
 from tokenizers_lab.registry import systems
@@ -140,13 +140,18 @@ def test_every_image_system(name):
     assert torch.allclose(made, wanted, atol=1e-4)
 
 
-def test_diffusers_training_step(images):
+def test_diffusers_training_step(images, tmp_path):
     """diffusers' transformer and flow scheduler learn the latents of the adapter: the loss falls to a third."""
-    vae = DiffusersAutoencoder(rectok()).requires_grad_(False)
+    tokenizer = rectok()
+    with torch.no_grad():      # a posterior as narrow as training makes it: its noise would drown these two images
+        tokenizer.encoder.head.weight[CHANNELS:].zero_()
+        tokenizer.encoder.head.bias[CHANNELS:].fill_(-6)
+    DiffusersAutoencoder(tokenizer).save_pretrained(tmp_path / "vae")
+    vae = DiffusersAutoencoder.from_pretrained(tmp_path, subfolder="vae", revision=None, variant=None).requires_grad_(False)
     scheduler = FlowMatchEulerDiscreteScheduler()
     model = transformer().train()
     with torch.no_grad():
-        clean = vae.encode(images.repeat(4, 1, 1, 1) * 2 - 1).latent_dist.mode()
+        clean = vae.encode(images.repeat(4, 1, 1, 1) * 2 - 1).latent_dist.sample(torch.Generator().manual_seed(1))
         clean = (clean - vae.config.shift_factor) * vae.config.scaling_factor
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     labels = torch.tensor([0, 1]).repeat(4)
@@ -163,6 +168,23 @@ def test_diffusers_training_step(images):
         optimizer.step()
         losses.append(loss.item())
     assert np.mean(losses[-20:]) < np.mean(losses[:20]) / 3
+
+
+def test_from_pretrained_options(tmp_path):
+    tokenizer = rectok()
+    tokenizer.save_pretrained(tmp_path / "vae")
+    options = {"torch_dtype": torch.bfloat16, "subfolder": "vae", "low_cpu_mem_usage": True}
+    half = DiffusersAutoencoder.from_pretrained(str(tmp_path), **options)
+    assert half.dtype == torch.bfloat16
+    whole = DiffusersAutoencoder.from_pretrained(tmp_path / "vae").tokenizer.state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in tokenizer.state_dict().items())
+    for option in ("revision", "variant", "device_map", "unheard_of"):
+        with pytest.raises(InputError, match=option):
+            DiffusersAutoencoder.from_pretrained(tmp_path / "vae", **{option: "fp16"})
+    with pytest.raises(CheckpointError, match="no subfolder unet"):
+        DiffusersAutoencoder.from_pretrained(tmp_path, subfolder="unet")
+    with pytest.raises(CheckpointError, match="no folder and no hub id"):
+        DiffusersAutoencoder.from_pretrained("rectok/official", subfolder="vae")
 
 
 def transformer() -> DiTTransformer2DModel:

@@ -250,8 +250,8 @@ def _user_file(name: str, asset: Asset, path: Path) -> AssetFile:
         raise WeightsMissing(f"{name}: there is no file {weights}; give the path of the weights")
     sha256 = sha256_of(weights)
     if sha256 in {expected for _, expected, _ in _cache_candidates(asset)}:
-        return AssetFile(path, f"{_source(asset, sha256)} (user file {path})", sha256)
-    return AssetFile(path, f"user file {path}, SHA-256 {sha256}", sha256)
+        return AssetFile(path, f"{_source(asset, sha256)} (user file {path.name})", sha256)
+    return AssetFile(path, f"user file {path.name}, SHA-256 {sha256}", sha256)
 
 
 def _fetch(asset: Asset, reasons: list[str]) -> AssetFile | None:

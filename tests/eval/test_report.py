@@ -73,7 +73,8 @@ def test_every_part_is_there(tmp_path):
     run = write_run(tmp_path)
     parsed = Page(write_report(run).read_text())
     text = "".join(parsed.words)
-    for wanted in ("finished, 60 steps", "untrained (random weights)", "patch mean (8×8)", "random weights (seed 0)",
+    for wanted in ("the published model: patches and a linear map", "finished, 60 steps",
+                   "untrained (random weights)", "patch mean (8×8)", "random weights (seed 0)",
                    "centre, 32 × 32 px", "torch 2", "active units", "patch: 8", "train from step 0, finetune from step 30",
                    "× train 1, finetune 2", "learning rate"):
         assert wanted in text, wanted
@@ -190,6 +191,23 @@ def test_runs_measured_on_other_images_are_flagged(tmp_path):
     (tmp_path / "b" / "val" / "008 <b>.png").unlink()
     text = "".join(Page(write_report(first, second).read_text()).words)
     assert "not measured alike" in text and "images_sha256" in text
+
+
+def test_the_same_images_under_two_names_are_measured_alike(tmp_path):
+    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b", "other")
+    text = "".join(Page(write_report(first, second).read_text()).words)
+    sources = [read_results(open_run(run))["protocol"]["source"] for run in (first, second)]
+    assert sources[0] != sources[1] and "not measured alike" not in text
+
+
+def test_results_without_examples_have_a_page(tmp_path):
+    run = write_run(tmp_path)
+    finish_run(run)
+    results = json.loads((run / "results.json").read_text())
+    del results["examples"]
+    (run / "results.json").write_text(json.dumps(results))
+    parsed = Page(write_report(run).read_text())
+    assert "There are no pictures." in "".join(parsed.words) and not parsed.images("original")
 
 
 def test_a_run_that_cannot_be_evaluated_still_has_a_page(tmp_path):

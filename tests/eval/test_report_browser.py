@@ -37,8 +37,8 @@ window.addEventListener('load', async () => {
   cards[3].click();
   const pressed = card => card.getAttribute('aria-pressed') === 'true';
   seen.clicked = shown(cards[3]) && pressed(cards[3]) && !pressed(cards[0]);
-  selects[1].value = 'latent'; selects[1].dispatchEvent(new Event('change'));
-  seen.selected = over.src === source(cards[3], 'latent');
+  selects[1].value = [...selects[1].options].at(-1).value; selects[1].dispatchEvent(new Event('change'));
+  seen.selected = selects[1].value.startsWith('latent') && over.src === source(cards[3], selects[1].value);
   seen.values = document.querySelector('.values').textContent;
   seen.images = all('.cards img').map(i => [i.naturalWidth, i.getBoundingClientRect().width]);
   const visible = path => path.getBoundingClientRect().width > 20 && getComputedStyle(path).stroke !== 'none';
@@ -89,6 +89,18 @@ def test_report_works_in_a_browser(chromium, tmp_path, monkeypatch):
     assert len(seen["images"]) == 9 * 4 and all(natural in (4, 32) and shown > 60 for natural, shown in seen["images"])
     assert len(seen["charts"]) == 11 and all(width > 200 and height > 100 for width, height, _ in seen["charts"])
     assert sum(drawn for *_, drawn in seen["charts"]) >= 10
+    assert seen["overflow"] <= 0
+
+
+def test_two_runs_work_in_a_browser(chromium, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_metrics, "ALIASES", {"lpips": ()})
+    page = write_report(write_run(tmp_path), write_run(tmp_path, "other", channels=3, steps=40, seed=1))
+    seen = look(chromium, page, tmp_path)
+    assert seen["problems"] == [] and seen["first"] and seen["clicked"] and seen["selected"]
+    assert seen["clips"] == ["inset(0px 0px 0px 50%)", "inset(0px 0px 0px 25%)", "inset(0px 0px 0px 100%)"]
+    assert seen["values"].startswith("003 <b>.png: A: psnr ") and "; B: psnr " in seen["values"]
+    assert len(seen["images"]) == 9 * 7 and all(natural in (4, 32) and shown > 20 for natural, shown in seen["images"])
+    assert all(width > 200 and height > 100 and drawn for width, height, drawn in seen["charts"])
     assert seen["overflow"] <= 0
 
 

@@ -1,6 +1,7 @@
 """An image tokenizer with continuous latents as diffusers' AutoencoderKL, for diffusers' pipelines and training scripts."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +10,12 @@ from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDis
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 
-from tokenizers_lab.errors import InputError
-from tokenizers_lab.tokenizer import ImageTokenizer
+from tokenizers_lab.errors import CheckpointError, InputError
+from tokenizers_lab.tokenizer import CONFIG_FILE, WEIGHTS_FILE, ImageTokenizer
 
+WAYS_OF_READING = {      # options of diffusers' from_pretrained that change how files are read, not what is loaded
+    "disable_mmap", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "use_flashpack", "use_safetensors",
+}
 POINT_LOGVAR = -30.0      # log-variance that diffusers' distribution calls the smallest; of latents without a spread
 
 
@@ -92,16 +96,39 @@ class DiffusersAutoencoder(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], torch_dtype: torch.dtype | None = None, **options: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], torch_dtype: torch.dtype | None = None,
+        subfolder: str | None = None, **options: Any,
     ) -> "DiffusersAutoencoder":
-        """The adapter of whatever `tokenizers_lab.load` takes. Raises CheckpointError, WeightsMissing, InputError."""
+        """The adapter of whatever `tokenizers_lab.load` takes, or of a subfolder of a folder or of a hub repository.
+
+        Other options of diffusers are taken where they cannot change what is loaded, or where they are None. Raises InputError
+        on any other (`revision`, `variant`), and on a tokenizer of audio; CheckpointError, WeightsMissing as `load`.
+        """
         from tokenizers_lab.hub import load
 
-        tokenizer = load(os.fspath(pretrained_model_name_or_path))
+        given = [name for name, value in options.items() if value is not None and name not in WAYS_OF_READING]
+        if given:
+            raise InputError(f"from_pretrained cannot honour {', '.join(given)}: leave it out, and load a folder with that")
+        name = os.fspath(pretrained_model_name_or_path)
+        tokenizer = load(name if subfolder is None else saved_subfolder(name, subfolder))
         if not isinstance(tokenizer, ImageTokenizer):
             raise InputError(f"{pretrained_model_name_or_path} is a {tokenizer.system} tokenizer: diffusers needs one of images")
         adapter = cls(tokenizer)
         return adapter if torch_dtype is None else adapter.to(torch_dtype)
+
+
+def saved_subfolder(name: str, subfolder: str) -> Path:
+    """A subfolder of a local folder, or of a hub repository, of which only that is fetched. Raises as `hub_snapshot`."""
+    from tokenizers_lab.hub import hub_snapshot
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if name.count("/") != 1 or name.endswith("/official"):
+            raise CheckpointError(f"{name} is no folder and no hub id, so it has no subfolder {subfolder}")
+        folder = hub_snapshot(name, [f"{subfolder}/{file}" for file in (CONFIG_FILE, WEIGHTS_FILE)])
+    if not (folder / subfolder).is_dir():
+        raise CheckpointError(f"{name} has no subfolder {subfolder}")
+    return folder / subfolder
 
 
 def latent_channels(tokenizer: ImageTokenizer) -> int:
