@@ -45,11 +45,16 @@ def model_candidate(
 
     def reconstruct(images: Tensor, keys: Sequence[str]) -> Reconstruction:
         generator = torch.Generator(images.device).manual_seed(stable_seed(seed, "evaluate", *keys))
+        before = generator.get_state()
         encoding = tokenizer.encode(images.to(dtype), sample=sample, generator=generator)
         latents = encoding.codes if encoding.latents is None else encoding.latents
         if latents is None:
             raise InputError(f"{label} encodes to neither latents nor codes")
-        return Reconstruction(tokenizer.decode(latents, generator=generator).float(), encoding)
+        decoded = tokenizer.decode(latents, generator=generator).float()
+        if len(keys) > 1 and not torch.equal(before, generator.get_state()):
+            raise InputError(f"{label} draws noise, which would depend on the images beside each: see one at a time "
+                             "(forward_batch 1)")
+        return Reconstruction(decoded, encoding)
 
     description = {
         "system": getattr(tokenizer, "system", type(tokenizer).__name__),
@@ -59,6 +64,12 @@ def model_candidate(
         "dtype": str(dtype).removeprefix("torch."),
     }
     return Candidate(label, role, reconstruct, description, next(tokenizer.parameters()).device)
+
+
+def check_sampling(sample: bool, forward_batch: int) -> None:
+    """Raise InputError for drawn latents of several images at a time, whose noise would depend on their neighbours."""
+    if sample and forward_batch > 1:
+        raise InputError(f"drawn latents (sample) need one image at a time: forward_batch must be 1, not {forward_batch}")
 
 
 def untrained_copy(tokenizer: ImageTokenizer, seed: int = 0) -> ImageTokenizer:

@@ -1,7 +1,7 @@
 """Metrics between two sets of images by their features, by name, as JSON data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -10,12 +10,13 @@ from tokenizers_lab.errors import InputError
 
 from .bootstrap import Interval
 from .features import FeatureExtractor, Features
-from .fid import evaluate_frechet, frechet_json
+from .fid import FrechetResult, evaluate_frechet, frechet_json
 from .inception_score import inception_score
 from .kid import SUBSET_SIZE, kernel_distance
 from .precision_recall import precision_recall
-from .statistics import Statistics, check_compatible
+from .statistics import Statistics, check_compatible, compute_statistics
 
+FEW = 10       # samples for each feature, below which the interval of a Fréchet distance was not tested
 METRICS = {      # name: (title, better)
     "rfid": ("rFID", "lower"), "fid": ("FID", "lower"), "sfid": ("sFID", "lower"), "kid": ("KID", "lower"),
     "is": ("Inception Score", "higher"), "precision": ("Precision", "higher"), "recall": ("Recall", "higher"),
@@ -35,11 +36,27 @@ class Reference:
     statistics: Statistics | None = None            # of the pooled features
     spatial_statistics: Statistics | None = None
     source: dict[str, Any] | None = None            # what the result calls it; none: the statistics' own source
+    _fixed: dict[bool, Statistics] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> dict[str, Any] | None:
         """What the result says of it; None where nothing is known."""
         return self.source or (None if self.statistics is None else self.statistics.source)
+
+    @property
+    def label(self) -> str:
+        """Its name in a few words."""
+        name = self.name or {}
+        return str(name.get("file") or name.get("folder") or "the given reference")
+
+    def fixed(self, spatial: bool = False) -> Statistics:
+        """Statistics of the pooled or spatial features, whatever is at hand: the same bits of the same images."""
+        either = self.spatial() if spatial else self.pool()
+        if isinstance(either, Statistics):
+            return either
+        if spatial not in self._fixed:
+            self._fixed[spatial] = replace(compute_statistics(either), factor=None)      # as statistics that were stored
+        return self._fixed[spatial]
 
     def pool(self) -> Tensor | Statistics:
         """Pooled features, else their statistics."""
@@ -87,12 +104,15 @@ def check_reference(names: Sequence[str], extractor: FeatureExtractor, reference
 
 
 def feature_metrics(
-    names: Sequence[str], extractor: FeatureExtractor, samples: Features, reference: Reference, paired: bool = False
+    names: Sequence[str], extractor: FeatureExtractor, samples: Features, reference: Reference, paired: bool = False,
+    keys: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Each metric's result by the name it may bear with this extractor: `rfid` only with FID's network.
 
     A result has value, uncertainty, n, warnings, title, better, network and what the metric adds (`bias_estimate`, splits, …).
     paired: samples[i] is the reconstruction of reference[i]; narrows the interval of Fréchet distances.
+        Otherwise Fréchet distances take the reference as exact.
+    keys: names of the samples, by which the Inception Score's splits are drawn; none: splits in the order given.
     Raises InputError for too few samples, non-finite features, statistics of another network or resize mode.
     """
     check_metrics(names, extractor)
@@ -103,16 +123,18 @@ def feature_metrics(
         title = title if extractor.is_inception else f"{STAND_IN_TITLES[name]} ({extractor.kind} features)"
         results[extractor.metric_name(name)] = {
             "title": title, "unit": "", "better": better, "network": extractor.provenance, "n": len(samples.pool),
-            **_compute(name, samples, reference, paired),
+            **_compute(name, samples, reference, paired, keys),
         }
+        if name != "is":
+            results[extractor.metric_name(name)]["reference"] = "originals" if paired else reference.label
     return results
 
 
-def _compute(name: str, samples: Features, reference: Reference, paired: bool) -> dict[str, Any]:
+def _compute(
+    name: str, samples: Features, reference: Reference, paired: bool, keys: Sequence[str] | None
+) -> dict[str, Any]:
     if name in ("rfid", "fid", "sfid"):
-        ours, theirs = (samples.spatial, reference.spatial()) if name == "sfid" else (samples.pool, reference.pool())
-        assert ours is not None      # check_metrics has seen to it
-        return frechet_json(evaluate_frechet(ours, theirs, paired=paired and isinstance(theirs, Tensor)))
+        return frechet_json(_frechet(name == "sfid", samples, reference, paired))
     if name == "kid":
         theirs = reference.images("kid")
         size = min(SUBSET_SIZE, len(samples.pool), len(theirs))
@@ -123,13 +145,29 @@ def _compute(name: str, samples: Features, reference: Reference, paired: bool) -
     if name == "is":
         if samples.logits is None:
             raise InputError("the Inception Score needs class logits: this network has none")
-        score = inception_score(samples.logits)
+        score = inception_score(samples.logits, keys=keys)
         return {"value": score.value, "uncertainty": _interval(score.interval), "warnings": [],
                 "splits": list(score.splits), "split_protocol": score.protocol}
     manifolds = precision_recall(samples.pool, reference.images(name))
     interval = manifolds.precision_interval if name == "precision" else manifolds.recall_interval
     return {"value": getattr(manifolds, name), "uncertainty": _interval(interval), "warnings": [],
             "k": manifolds.k, "arithmetic": manifolds.arithmetic}
+
+
+def _frechet(spatial: bool, samples: Features, reference: Reference, paired: bool) -> FrechetResult:
+    ours = samples.spatial if spatial else samples.pool
+    assert ours is not None      # check_metrics has seen to it
+    if paired:
+        theirs = reference.spatial() if spatial else reference.pool()
+        found = evaluate_frechet(ours, theirs, paired=isinstance(theirs, Tensor))
+    else:
+        found = evaluate_frechet(ours, reference.fixed(spatial))
+        if found.interval is not None:
+            method = f"{found.interval.method}, reference taken as exact"
+            found = replace(found, interval=replace(found.interval, method=method))
+    if found.interval is not None and len(ours) < FEW * ours.shape[1]:
+        found = replace(found, warnings=(*found.warnings, "few samples for this width: interval untested"))
+    return found
 
 
 def _interval(interval: Interval | None) -> dict[str, Any] | None:

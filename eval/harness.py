@@ -16,7 +16,7 @@ from tokenizers_lab.settings import ImageDataConfig
 from tokenizers_lab.tokenizer import ImageTokenizer
 
 from . import feature_metrics, image_metrics
-from .candidates import Candidate
+from .candidates import Candidate, check_sampling
 from .feature_metrics import NEED_IMAGES, Reference
 from .features import FeatureExtractor, build_extractor
 from .gather import in_step, on_first, processes
@@ -54,7 +54,7 @@ def plan_metrics(names: Sequence[str], reference: bool = False) -> Plan:
         raise InputError("rfid compares reconstructions with their originals: against another reference it is fid")
     if not reference and AGAINST_REFERENCE in features:
         raise InputError("fid needs a reference (--reference): against the originals themselves it is rfid")
-    if reference and not features:
+    if reference and not any(name != "is" for name in features):      # the score has no reference
         raise InputError("a reference is for fid, sfid, kid, precision and recall: none of them was asked for")
     return Plan(tuple(image_metrics.expand_names(pairs)), tuple(dict.fromkeys(features)), LATENTS in names)
 
@@ -130,6 +130,7 @@ def evaluate(
     progress: wraps batches. options: of `evaluate_images`. Raises TokenizersLabError of every kind.
     """
     plan = plan_metrics(metrics, reference is not None)
+    check_sampling(bool(options.get("sample")), options.get("forward_batch", 1))
     extractor, why = None, ""
     if plan.features:
         try:
@@ -162,10 +163,12 @@ def reference_warnings(reference: Reference | None, protocol: dict[str, Any]) ->
     """What makes a reference another protocol than that of the images, in words; empty where nothing is known to."""
     if reference is None or reference.name is None:
         return []
+    unnamed = reference.statistics is not None and not (reference.name.get("extractor") or reference.name.get("resize"))
+    warnings = ["the reference's file names neither network nor resize mode: assumed to be FID's Inception"] if unnamed else []
     images = reference.name.get("images")
     if not isinstance(images, dict):
-        return ["the statistics file does not say how its images were cropped and resized before the network's own resize"]
-    return [
+        return [*warnings, "the statistics file does not say how its images were cropped and resized before the network's own resize"]
+    return warnings + [
         f"the reference's images were prepared otherwise ({what}: {images.get(what)}) than these ({protocol.get(what)})"
         for what in ("resize", "crop") if images.get(what) != protocol.get(what)
     ]

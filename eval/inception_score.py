@@ -1,6 +1,7 @@
 """Inception Score (Salimans et al. 2016): exp of the mean KL divergence between p(class | image) and its mean."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from tokenizers_lab.draw import stable_seed
 from tokenizers_lab.errors import InputError
 
 from .bootstrap import Interval
@@ -30,11 +32,12 @@ class InceptionScore:
 
 def inception_score(
     logits: Tensor, split_size: int | None = ADM_SPLIT_SIZE, splits: int | None = None, shuffle_seed: int | None = None,
-    level: float = 0.95,
+    level: float = 0.95, keys: Sequence[str] | None = None,
 ) -> InceptionScore:
     """Score of class logits (N, K), which both protocols take without the classifier's bias; float64 inside.
 
-    ADM's protocol is the default: consecutive splits of 5,000 images, in order, so images must not be sorted by class.
+    ADM's protocol is the default: consecutive splits of 5,000 images, in order, so images must not be sorted by class:
+    keys, the images' names, put them in the order of a hash of their names first (rows and keys may come in any order).
     torch-fidelity's is `splits=10, shuffle_seed=2020` (`split_size` is then not used).
     The interval is the infinitesimal jackknife's: a sample's influence on a split's score is score · (KL − mean KL).
     Raises InputError on non-finite logits or fewer images than splits.
@@ -53,6 +56,11 @@ def inception_score(
     if splits is not None and n < splits:
         raise InputError(f"the Inception Score needs at least as many images as splits: {n} < {splits}")
     logits = logits.detach().cpu()
+    if keys is not None:
+        if len(keys) != n:
+            raise InputError(f"{n} rows of logits for {len(keys)} keys")
+        logits = logits[torch.tensor(sorted(range(n), key=lambda i: (stable_seed(keys[i]), keys[i])), dtype=torch.int64)]
+        protocol += ", images in the order of a hash of their names"
     if shuffle_seed is not None:
         logits = logits[torch.from_numpy(np.random.RandomState(shuffle_seed).permutation(n))]
     scores, variances = [], []

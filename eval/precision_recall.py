@@ -1,15 +1,17 @@
 """Improved precision and recall (Kynkäänniemi et al. 2019), with ADM's squared distances."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from tokenizers_lab.errors import InputError
 
-from .bootstrap import Interval, mean_interval
+from .bootstrap import Interval
 from .deterministic import map_in_order
 from .statistics import check_two_sets
 
@@ -24,14 +26,14 @@ class PrecisionRecall:
 
     precision: float                     # of the samples that lie in the reference manifold
     recall: float                        # of the reference that lies in the samples' manifold
-    precision_interval: Interval | None
-    recall_interval: Interval | None
+    precision_interval: Interval
+    recall_interval: Interval
     k: int
     arithmetic: str
 
 
 def precision_recall(
-    features: Tensor, reference: Tensor, k: int = 3, arithmetic: Arithmetic = "float32", seed: int = 0
+    features: Tensor, reference: Tensor, k: int = 3, arithmetic: Arithmetic = "float32"
 ) -> PrecisionRecall:
     """Precision and recall of features (N, D) against reference features (M, D).
 
@@ -43,10 +45,19 @@ def precision_recall(
     features, reference = features.detach().cpu(), reference.detach().cpu()
     inside_reference = in_manifold(features, reference, manifold_radii(reference, k, arithmetic), arithmetic)
     inside_samples = in_manifold(reference, features, manifold_radii(features, k, arithmetic), arithmetic)
-    shares = [inside.double().tolist() for inside in (inside_reference, inside_samples)]
-    intervals = [mean_interval(share, seed=seed) for share in shares]
-    precision, recall = (sum(share) / len(share) for share in shares)
-    return PrecisionRecall(precision, recall, intervals[0], intervals[1], k, arithmetic)
+    counts = [(int(inside.sum()), len(inside)) for inside in (inside_reference, inside_samples)]
+    precision, recall = (count / n for count, n in counts)
+    of_precision, of_recall = (wilson_interval(count, n) for count, n in counts)
+    return PrecisionRecall(precision, recall, of_precision, of_recall, k, arithmetic)
+
+
+def wilson_interval(count: int, n: int, level: float = 0.95) -> Interval:
+    """Wilson's score interval (1927) of a share count / n of independent samples; it stays wide where all or none are in."""
+    z, share = float(stats.norm.ppf((1 + level) / 2)), count / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    low, high = max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))      # rounding aside
+    return Interval(low, high, level, "Wilson, the other set taken as given")
 
 
 def manifold_radii(points: Tensor, k: int = 3, arithmetic: Arithmetic = "float32") -> Tensor:

@@ -99,7 +99,7 @@ class FeatureCollector:
 
             def compute(found: tuple[list[str], Features] | None = found) -> dict[str, dict[str, Any]]:
                 assert found is not None and reference is not None      # the first process has all
-                return feature_metrics(self.metrics, self.extractor, found[1], reference, paired)
+                return feature_metrics(self.metrics, self.extractor, found[1], reference, paired, found[0])
 
             results[label] = on_first(compute, together)
         return results

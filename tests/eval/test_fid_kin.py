@@ -90,6 +90,27 @@ def test_precision_recall_equals_torch_fidelity() -> None:
     assert precision_recall(first, second, arithmetic="float64").precision == found.precision
 
 
+def test_splits_of_images_that_are_sorted_by_class() -> None:
+    logits = torch.eye(10).repeat_interleave(40, 0) * 1e4          # ten certain classes: the score is 10
+    keys = [f"class_{i // 40}/{i:04d}.png" for i in range(400)]
+    assert inception_score(logits, split_size=80).value == pytest.approx(2)
+    found = inception_score(logits, split_size=80, keys=keys)
+    assert min(found.splits) > 9 and "hash of their names" in found.protocol
+    assert inception_score(logits.flip(0), split_size=80, keys=keys[::-1]) == found
+
+
+def test_precision_interval_covers() -> None:
+    reference = torch.linspace(0, 1, 21, dtype=torch.float64)[:, None]      # with k = 3 its manifold is [−0.15, 1.15]
+    for truth in (0.5, 0.97):
+        rng, inside = np.random.default_rng(0), 0
+        for _ in range(300):
+            points = torch.from_numpy(rng.uniform(-0.15, 1.3 / truth - 0.15, (60, 1)))
+            interval = precision_recall(points, reference, arithmetic="float64").precision_interval
+            inside += interval.low <= truth <= interval.high
+        assert 0.92 <= inside / 300 <= 0.99
+    assert interval.method == "Wilson, the other set taken as given"
+
+
 def test_precision_recall_by_hand() -> None:
     reference = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
     assert manifold_radii(reference, k=1).tolist() == [1.0, 1.0, 1.0, 64.0]        # squared

@@ -87,6 +87,9 @@ def test_names_of_metrics() -> None:
             plan_metrics(names, reference)
     with pytest.raises(InputError, match="at least one image"):
         evaluate_images(Toy(ToyConfig()), [], ("psnr",), forward_batch=0)
+    for names in (["is"], ["psnr", "is"]):      # the score has no reference
+        with pytest.raises(InputError, match="none of them was asked for"):
+            plan_metrics(names, True)
 
 
 def test_a_folder_as_reference(data: ImageDataConfig, fitted: Toy, tmp_path: Path) -> None:
@@ -98,6 +101,9 @@ def test_a_folder_as_reference(data: ImageDataConfig, fitted: Toy, tmp_path: Pat
     again = evaluate(fitted, data, ["fid", "sfid", "kid", "precision"], features="inception", reference=str(tmp_path / "renamed"))
     for name in ("fid", "sfid"):      # from cached statistics, and from features
         assert again["rows"][0]["metrics"][name]["value"] == pytest.approx(first["rows"][0]["metrics"][name]["value"], rel=1e-9)
+        one, two = (r["rows"][0]["metrics"][name] for r in (first, again))
+        assert one["uncertainty"] == two["uncertainty"] and "reference taken as exact" in one["uncertainty"]["method"]
+        assert one["reference"].endswith("other") and two["reference"].endswith("renamed")
     named = [r["protocol"]["features"]["reference"] for r in (first, again)]
     assert [n["folder"].rpartition("/")[2] for n in named] == ["other", "renamed"]
     assert named[0]["images"] == named[1]["images"] and named[0]["images"]["n"] == N + 3
@@ -138,7 +144,8 @@ def test_a_wrong_statistics_file_is_refused_before_the_pass(data, tmp_path, sour
 def test_what_a_reference_does_not_say_is_a_warning(data: ImageDataConfig, fitted: Toy, tmp_path: Path) -> None:
     adm = statistics(tmp_path)      # as ADM's: neither network nor crop
     result = evaluate(fitted, data, ["fid"], features="inception", reference=adm)
-    assert "does not say how its images were cropped" in result["warnings"][0]
+    assert "neither network nor resize mode: assumed to be FID's Inception" in result["warnings"][0]
+    assert "does not say how its images were cropped" in result["warnings"][1]
     other = statistics(tmp_path, extractor="little", resize="none", images={"crop": "centre, 64 × 64 px", "resize": "ADM"})
     assert any("crop: centre, 64 × 64 px" in w for w in evaluate(fitted, data, ["fid"], reference=other)["warnings"])
     with pytest.raises(DataError, match=r"no statistics file .*nothing\.npz"):
@@ -151,6 +158,22 @@ def test_too_few_images(data: ImageDataConfig, fitted: Toy) -> None:
     assert few["uncertainty"] is None and any("no more than the 6 features" in w for w in few["warnings"])
     with pytest.raises(InputError, match="at least 4 points in each set, not 3"):
         evaluate(fitted, data, ["precision"], features="inception")
+
+
+class NoisyDecoder(Toy):
+    """Draws as it decodes."""
+
+    def decode(self, latents, generator=None):
+        return super().decode(latents + 0.1 * torch.randn(latents.shape, generator=generator))
+
+
+def test_noise_does_not_depend_on_neighbours(data: ImageDataConfig, fitted: Toy) -> None:
+    with pytest.raises(InputError, match="forward_batch must be 1, not 4"):
+        evaluate(fitted, data, ["psnr"], sample=True, forward_batch=4)
+    for model, sample in ((fitted, True), (NoisyDecoder(ToyConfig()), False)):
+        with pytest.raises(InputError, match="draws noise"):
+            evaluate_images(model, batches(pictures(4), 4), ("psnr",), sample=sample, forward_batch=2)
+    assert evaluate_images(fitted, batches(pictures(4), 4), ("psnr",), forward_batch=2)["n"] == 4
 
 
 def test_two_images_of_one_name(fitted: Toy) -> None:

@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="measure pairs without rounding to 8 bits (features are always of 8-bit images)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="images decoded at a time; default: 16")
     parser.add_argument("--forward-batch", type=int, default=1, metavar="B",
-                        help="images the network sees at a time; more than 1 is faster on a GPU and may change last digits")
+                        help="images the network sees at a time; more than 1 is faster on a GPU and may change last "
+                        "digits; not with --sample")
     parser.add_argument("--no-baselines", action="store_true", help="measure the model alone")
     parser.add_argument("--allow-missing", action="store_true", help="go on without a metric whose weights are not here")
     parser.add_argument("--out", metavar="JSON", help="write the result to this file")
@@ -92,12 +93,14 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace, rank: int) -> tuple[dict[str, Any], "ImageTokenizer | Candidate", Any]:
     """The result, the model and the data config."""
+    from tokenizers_lab.eval.candidates import check_sampling
     from tokenizers_lab.eval.gather import in_step, processes
     from tokenizers_lab.eval.harness import evaluate, plan_metrics
     from tokenizers_lab.eval.reconstructions import folder_candidate, is_reconstructions, reconstruction_size
 
     names = [name.strip() for name in args.metrics.split(",") if name.strip()]
     plan_metrics(names, args.reference is not None)      # before anything slow
+    check_sampling(args.sample, args.forward_batch)
     workers = min(DECODERS, os.cpu_count() or 1)
     device = in_step(lambda: device_of(args))
     model: ImageTokenizer | Candidate
@@ -147,7 +150,7 @@ def show(result: dict[str, Any], data: str, size: int) -> None:
     for row in result["rows"]:
         say(row["label"])
         for name, value in row["metrics"].items():
-            title = value.get("title", name)
+            title = value.get("title", name) + (f" to {value['reference']}" if "reference" in value else "")
             say(f"  {title:<18} {format_value(value)}{' ' + value['unit'] if value.get('unit') else ''}")
             notes += [f"{title}: {note}" for note in [*value.get("warnings", []), *filter(None, [value.get("missing")])]]
     if "latents" in result:
