@@ -167,7 +167,7 @@ def reference_warnings(reference: Reference | None, protocol: dict[str, Any]) ->
     warnings = ["the reference's file names neither network nor resize mode: assumed to be FID's Inception"] if unnamed else []
     images = reference.name.get("images")
     if not isinstance(images, dict):
-        return [*warnings, "the statistics file does not say how its images were cropped and resized before the network's own resize"]
+        return [*warnings, "the file does not say how its images were cropped and resized before the network's own resize"]
     return warnings + [
         f"the reference's images were prepared otherwise ({what}: {images.get(what)}) than these ({protocol.get(what)})"
         for what in ("resize", "crop") if images.get(what) != protocol.get(what)
