@@ -8,7 +8,7 @@ alone, each is done by one thread, and results come back in order; threads only 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
@@ -46,3 +46,8 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> I
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+
+
+def exact_convolutions() -> AbstractContextManager[None]:
+    """On a GPU: float32 convolutions without TF32 (whose 10-bit mantissa would make "float32" a lie) by repeatable algorithms."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

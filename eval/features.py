@@ -20,7 +20,7 @@ from tokenizers_lab.assets import find, get_asset
 from tokenizers_lab.draw import stable_seed
 from tokenizers_lab.errors import CheckpointError, ConfigError, InputError
 
-from .deterministic import map_in_order
+from .deterministic import exact_convolutions, map_in_order
 
 Rounding = Literal["nearest", "truncate"]
 SIZE, CLASSES, SPATIAL_CHANNELS = 299, 1008, 7
@@ -158,7 +158,7 @@ class FeatureExtractor(nn.Module):
     def _run_filled(self, images: Tensor) -> Features:
         count = len(images)
         filled = torch.cat([images, images.new_zeros(GPU_CHUNK - count, *images.shape[1:])])
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with exact_convolutions():
             found = self._run(filled)
         return Features(**{name: tensor[:count] for name, tensor in found.parts().items()})
 

@@ -14,7 +14,7 @@ from tokenizers_lab.errors import InputError
 from tokenizers_lab.tokenizer import ImageEncoding
 
 from .candidates import Candidate, Reconstruction
-from .deterministic import map_in_order
+from .deterministic import exact_convolutions, map_in_order
 from .image_metrics import PairMetric
 from .provenance import pixels_sha256
 
@@ -71,7 +71,9 @@ def measure(
                 raise InputError(f"images of {size} after images of {found.size}: evaluate each size by itself")
             found.size = size
         # a whole chunk, so that observers have all threads for their own networks
-        for group in list(map_in_order(one, chunk) if device.type == "cpu" else map(one, chunk)):
+        with exact_convolutions():
+            groups = list(map_in_order(one, chunk) if device.type == "cpu" else map(one, chunk))
+        for group in groups:
             found.records += group.records
             found.reconstructions_converted.update(group.first.converted)
             for candidate, output in zip(candidates, group.outputs):
