@@ -21,9 +21,8 @@ OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--n
 
 # runs in the page after its own script: uses it as a person would, and leaves what it saw in an attribute
 PROBE = """<script>
-window.addEventListener('load', async () => {
+window.addEventListener('load', () => {      // synchronous: decoding off the main thread would outlast the virtual time
   const all = selector => [...document.querySelectorAll(selector)];
-  await Promise.all(all('.cards img').map(image => image.decode()));
   const range = document.querySelector('input[type=range]'), stack = document.querySelector('.stack');
   const [under, over] = stack.querySelectorAll('img'), selects = all('.viewer select');
   const clip = () => getComputedStyle(over).clipPath;
