@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenizers_lab.asset_readers import sha256_of
 from tokenizers_lab.assets import cache_dir
 from tokenizers_lab.errors import DataError, InputError
 
@@ -155,7 +156,7 @@ def read_statistics(path: str | Path) -> tuple[Statistics, Statistics | None]:
         raise DataError(f"{path} is not a readable NPZ file of statistics: {error}") from error
     ours = note.get("format") == FORMAT
     source = dict(note.get("source", {})) if ours else {"note": "the file names neither network nor resize mode"}
-    source["file_sha256"] = file_sha256(path)
+    source["file_sha256"] = sha256_of(path)
     n = note.get("n")
     spatial = None
     if {"mu_s", "sigma_s"} <= set(moments):
@@ -195,18 +196,12 @@ def check_compatible(statistics: Statistics, extractor: str, resize: str, width:
 # Cache
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def content_hash(files: Sequence[str | Path], root: str | Path) -> str:
     """SHA-256 over name (relative to root), size and bytes of each file, in order of names: what a set of images *is*."""
     digest = hashlib.sha256()
     named: Iterator[tuple[str, Path]] = ((Path(file).relative_to(root).as_posix(), Path(file)) for file in files)
     for name, file in sorted(named):
-        digest.update(json.dumps([name, file.stat().st_size, file_sha256(file)]).encode())
+        digest.update(json.dumps([name, file.stat().st_size, sha256_of(file)]).encode())
     return digest.hexdigest()
 
 

@@ -43,7 +43,7 @@ class RowDraw(GivenDraw):
 
 
 @dataclass
-class SpeechBatch:
+class GivenBatch:
     """What the objective reads of a training batch."""
 
     audio: Tensor                                                # (B, 1, samples)
@@ -245,7 +245,7 @@ def training_step(
             buffer.zero_()
     codec.train()
     objective.train()
-    batch = SpeechBatch(given["wav"], {n: t[:, None] if as_released(described) else t for n, t in targets.items()})
+    batch = GivenBatch(given["wav"], {n: t[:, None] if as_released(described) else t for n, t in targets.items()})
     draw = RowDraw(given, {f"kmeans.{i}": (f"{variant}.fwd0.rand_kmeans_idx.{i}",) for i in range(codec.codebooks)})
     made = objective.passes(codec, batch.audio, draw)
     result = forward_tensors(objective, made)
@@ -310,7 +310,7 @@ def discriminator_update(objective: DMCodecObjective, coded: Coded, adam: Optimi
     return result
 
 
-def loss_tensors(objective: DMCodecObjective, made: list[Coded], batch: SpeechBatch, losses: Losses) -> dict[str, Tensor]:
+def loss_tensors(objective: DMCodecObjective, made: list[Coded], batch: GivenBatch, losses: Losses) -> dict[str, Tensor]:
     """Every loss, by the authors' names."""
     terms = losses.terms
     result = {

@@ -53,7 +53,7 @@ def break_at(phase: str, action) -> None:
     elif phase == "own":
         torch.save = after(torch.save)
     elif phase == "hash":
-        checkpoint.file_sha256 = lambda path: action()
+        checkpoint.sha256_of = lambda path: action()
     elif phase == "sync":
         checkpoint.sync = lambda path: action()
     elif phase == "rename":

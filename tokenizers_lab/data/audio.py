@@ -16,6 +16,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from tokenizers_lab.data.decode import open_bytes
 from tokenizers_lab.data.resample import Resampler, resample, resample_span, resampled_length
 from tokenizers_lab.errors import DataError
 
@@ -92,13 +93,7 @@ def open_audio(source: str | Path | bytes, name: str | None = None) -> Iterator[
     a number of channels out of bounds.
     """
     name = name or ("audio" if isinstance(source, bytes) else str(source))
-    try:
-        handle: io.BufferedIOBase = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")   # noqa: SIM115
-    except FileNotFoundError:
-        raise DataError(f"{name}: there is no such file") from None
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
-    with handle:
+    with open_bytes(source, name) as handle:
         size = handle.seek(0, io.SEEK_END)
         if size == 0:
             raise DataError(f"{name}: an empty file")

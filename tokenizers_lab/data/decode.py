@@ -48,6 +48,16 @@ def read_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, name: s
         return to_rgb(image, name or _name(source))
 
 
+def open_bytes(source: str | Path | bytes, name: str) -> io.BufferedIOBase:
+    """A stream over a file, or over bytes. name: what errors call it. Raises DataError if it cannot be opened."""
+    try:
+        return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
+    except FileNotFoundError:
+        raise DataError(f"{name}: there is no such file") from None
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
 @contextmanager
 def open_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Iterator[Image.Image]:
     """The image with only its header read: `size`, `format` and `draft` work, `to_rgb` decodes it.
@@ -55,13 +65,7 @@ def open_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS, name: s
     Raises DataError if there is no such file, it is no image, or its header says more than max_pixels pixels.
     """
     name = name or _name(source)
-    try:
-        handle: io.BufferedIOBase = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")   # noqa: SIM115
-    except FileNotFoundError:
-        raise DataError(f"{name}: there is no such file") from None
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
-    with handle:
+    with open_bytes(source, name) as handle:
         image = _read_header(handle, name)
         width, height = image.size
         if width * height > max_pixels:

@@ -4,7 +4,6 @@ A checkpoint is a saved tokenizer (config.json, model.safetensors with the EMA w
 with what training needs beside it in `training/`, and manifest.json with the SHA-256 of every file.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from tokenizers_lab.asset_readers import sha256_of
 from tokenizers_lab.errors import CheckpointError, TrainingError
 
 MANIFEST, STATE = "manifest.json", "training/state.json"
@@ -31,12 +31,6 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((p for p in (run / "checkpoints").glob("step_*") if p.is_dir()), reverse=True)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def verify(folder: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there with its hash."""
     try:
@@ -44,7 +38,7 @@ def verify(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is no finished checkpoint: its {MANIFEST} is missing or damaged") from error
     for name, expected in hashes.items():
-        if not (folder / name).is_file() or file_sha256(folder / name) != expected:
+        if not (folder / name).is_file() or sha256_of(folder / name) != expected:
             raise CheckpointError(f"{folder} is damaged: {name} is missing or was changed")
 
 
@@ -100,7 +94,7 @@ def save_checkpoint(
 
     def finish() -> None:
         files = sorted(p for p in draft.rglob("*") if p.is_file())
-        hashes = {str(p.relative_to(draft)): file_sha256(p) for p in files}
+        hashes = {str(p.relative_to(draft)): sha256_of(p) for p in files}
         (draft / MANIFEST).write_text(json.dumps({"step": step, "sha256": hashes}, indent=1) + "\n")
         for path in [*files, draft / MANIFEST, draft / "training", draft]:
             sync(path)
