@@ -38,11 +38,15 @@ class SpeechBatch:
     speakers: list[str | None]
     languages: list[str | None]
     starts: Tensor                    # (B,) int64, where in its clip each begins, in samples at the batch's rate
+    teacher_audio: Tensor | None = None                      # (B, channels, samples) the same seconds at data.teacher_rate
+    features: dict[str, Tensor] = field(default_factory=dict)   # teacher: its features (B, frames, D), where they are cached
 
     def __len__(self) -> int:
         return len(self.audio)
 
     def to(self, device: torch.device | str) -> "SpeechBatch":
         """The same batch on a device."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("audio", "lengths", "starts")}
-        return replace(self, **moved)
+        names = ("audio", "lengths", "starts", "teacher_audio")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names if getattr(self, name) is not None}
+        features = {name: value.to(device, non_blocking=True) for name, value in self.features.items()}
+        return replace(self, **moved, features=features)
