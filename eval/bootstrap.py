@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -50,3 +51,9 @@ def mean_interval(values: Sequence[float], level: float = 0.95, resamples: int =
         means[start : start + rows] = array[rng.integers(0, n, (rows, n))].mean(axis=1)
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(float(low), float(high), level, f"expanded percentile bootstrap, {resamples} resamples, seed {seed}")
+
+
+def mean_summary(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """The mean and its interval, as a result has them. Raises InputError on values that are not finite."""
+    interval = mean_interval(values, seed=seed)
+    return {"value": exact_mean(values), "uncertainty": None if interval is None else asdict(interval)}

@@ -2,19 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizers_lab.draw import stable_seed
 from tokenizers_lab.errors import InputError
 from tokenizers_lab.metrics import patch_mean
-from tokenizers_lab.tokenizer import ImageEncoding, ImageTokenizer
+from tokenizers_lab.tokenizer import ImageEncoding, ImageTokenizer, Tokenizer
 
 from .provenance import weights_sha256
 
 UNTRAINED_LABEL = "untrained (random weights)"
+Network = TypeVar("Network", bound=Tokenizer)
 
 
 @dataclass
@@ -56,14 +57,18 @@ def model_candidate(
                              "(forward_batch 1)")
         return Reconstruction(decoded, encoding)
 
-    description = {
+    return Candidate(label, role, reconstruct, describe(tokenizer, role), next(tokenizer.parameters()).device)
+
+
+def describe(tokenizer: nn.Module, role: str) -> dict[str, Any]:
+    """What a row says of a network."""
+    return {
         "system": getattr(tokenizer, "system", type(tokenizer).__name__),
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
         "weights_sha256": weights_sha256(tokenizer),
         "weights": "random weights" if role == "untrained" else getattr(tokenizer, "provenance", {}),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(next(tokenizer.parameters()).dtype).removeprefix("torch."),
     }
-    return Candidate(label, role, reconstruct, description, next(tokenizer.parameters()).device)
 
 
 def check_sampling(sample: bool, forward_batch: int) -> None:
@@ -72,7 +77,7 @@ def check_sampling(sample: bool, forward_batch: int) -> None:
         raise InputError(f"drawn latents (sample) need one image at a time: forward_batch must be 1, not {forward_batch}")
 
 
-def untrained_copy(tokenizer: ImageTokenizer, seed: int = 0) -> ImageTokenizer:
+def untrained_copy(tokenizer: Network, seed: int = 0) -> Network:
     """The same network with new, seeded random weights, in eval mode; global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -71,13 +71,18 @@ def gather_rows(
         return None
     order = sorted(range(len(all_keys)), key=all_keys.__getitem__)
     sorted_keys = [all_keys[i] for i in order]
-    for one, two in pairwise(sorted_keys):
-        if one == two:
-            raise DataError(f"two images are named '{one}': each must be measured once, under a name of its own")
+    check_names(sorted_keys)
     index = torch.tensor(order, dtype=torch.int64)
     present = [part for part in parts if part]
     names_found = sorted(present[0]) if present else []
     return sorted_keys, {name: torch.cat([part[name] for part in present])[index] for name in names_found}
+
+
+def check_names(keys: Sequence[str], noun: str = "images") -> None:
+    """Raise DataError if two of the sorted names are the same."""
+    for one, two in pairwise(keys):
+        if one == two:
+            raise DataError(f"two {noun} are named '{one}': each must be measured once, under a name of its own")
 
 
 def _collect(tensors: dict[str, Tensor], longest: int, rank: int, count: int) -> list[dict[str, Tensor]]:

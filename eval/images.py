@@ -1,8 +1,6 @@
 """Reconstruction quality of image tokenizers: one streaming pass over the images, each counted exactly once."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from itertools import pairwise
 from typing import Any
 
 from tokenizers_lab.data.batch import ImageBatch
@@ -10,9 +8,9 @@ from tokenizers_lab.errors import DataError, InputError
 from tokenizers_lab.settings import ImageDataConfig
 from tokenizers_lab.tokenizer import ImageTokenizer
 
-from .bootstrap import exact_mean, mean_interval
+from .bootstrap import mean_summary
 from .candidates import UNTRAINED_LABEL, Candidate, all_candidates
-from .gather import all_processes, in_step
+from .gather import all_processes, check_names, in_step
 from .image_metrics import METRICS, PSNR_CAP, PairMetric, build_metrics
 from .latents import LatentTally, tally_statistics
 from .measure import Measured, Observe, Record, measure
@@ -110,20 +108,12 @@ def _gather(mine: Measured, together: bool) -> Measured:
     records: list[Record] = sorted(record for share in shares for record in share.records)
     if not records:
         raise DataError("there are no images to evaluate")
-    for (key, *_), (other, *_) in pairwise(records):
-        if key == other:
-            raise DataError(f"two images are named '{key}': each must be measured once, under a name of its own")
+    check_names([key for key, *_ in records])
     converted = [
         dict(sorted(item for share in shares for item in getattr(share, name).items()))
         for name in ("originals_converted", "reconstructions_converted")
     ]
     return Measured(records, next(iter(sizes)), *converted)
-
-
-def _summary(values: list[float], seed: int) -> dict[str, Any]:
-    """Mean and its interval."""
-    interval = mean_interval(values, seed=seed)
-    return {"value": exact_mean(values), "uncertainty": None if interval is None else asdict(interval)}
 
 
 def _row(
@@ -135,7 +125,7 @@ def _row(
         values = [measured[index][m] for _, _, measured in records]
         results[metric.spec.name] = {
             "title": metric.spec.title, "unit": metric.spec.unit, "better": metric.spec.better, "network": metric.network,
-            "n": len(values), **_summary(values, seed), "per_image": values,
+            "n": len(values), **mean_summary(values, seed), "per_image": values,
         }
     for name, reason in missing.items():
         results[name] = {"title": METRICS[name].title, "value": None, "missing": reason}
@@ -149,5 +139,5 @@ def _margins(candidates: list[Candidate], metrics: list[PairMetric], records: li
         for m, metric in enumerate(metrics):
             sign = 1 if metric.spec.better == "higher" else -1
             values = [sign * (measured[0][m] - measured[c][m]) for _, _, measured in records]
-            margins.append({"metric": metric.spec.name, "over": other.label, "role": other.role, **_summary(values, seed)})
+            margins.append({"metric": metric.spec.name, "over": other.label, "role": other.role, **mean_summary(values, seed)})
     return margins

@@ -69,7 +69,7 @@ def check_run(cfg: RunConfig, origins: Origins, override_objective: Callable[[An
         refuse("train.accumulate", f"train.batch_size {train.batch_size} is not a multiple of {train.accumulate}")
     if train.ema >= 1:
         refuse("train.ema", f"must be below 1, not {train.ema}")
-    if not train.best.removeprefix("-"):
+    if train.best is not None and not train.best.removeprefix("-"):
         refuse("train.best", "must name a validation metric, such as psnr")
     if isinstance(data, ImageDataConfig) and data.crop_max and data.crop_max < (data.crop_min or data.size):
         refuse("data.crop_max", f"{data.crop_max} is below the smallest crop, {data.crop_min or data.size}")

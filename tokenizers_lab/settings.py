@@ -34,7 +34,9 @@ class SpeechDataConfig:
     train: str = MISSING             # source of the training clips
     val: str | None = None           # source of the held-out clips; none: no validation
     sample_rate: int = 16_000        # Hz to which every clip is resampled
+    teacher_rate: int | None = None  # Hz of a second copy of each training segment, for a teacher; none: no copy
     channels: int = 1                # 1: the mean of a clip's channels; more: as many as the clip has, or one repeated
+    features: str | None = None      # folder of teachers' features that `toklab features` made; none: they are computed
     segment_seconds: float = 3.0     # length of a training segment; shorter clips are followed by zeros
     crop: str = "random"             # random: another stretch each time; fixed: one random stretch a clip; start: the beginning
     min_seconds: float = 0.0         # shorter clips are left out
@@ -54,7 +56,8 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)   # AdamW's moment decays
     eps: float = 1e-8                          # AdamW's epsilon
     weight_decay: float = 1e-4                 # decoupled weight decay
-    no_decay: list[str] = field(default_factory=list)   # parts of names that are not decayed; tensors with < 2 axes never are
+    no_decay: list[str] = field(default_factory=list)   # parts of names that are not decayed
+    decay_vectors: bool = False                # decay tensors with < 2 axes too, as PyTorch's AdamW does unasked
     clip: float = 3.0                          # global L2 norm to which gradients are clipped; 0: none
 
 
@@ -75,7 +78,8 @@ class TrainConfig:
     checkpoint_every: int = 1000       # steps between two checkpoints (and one at the end of a stage)
     keep_last: int = 2                 # newest checkpoints that are kept
     keep_best: int = 1                 # best checkpoints by `best` that are kept beside them
-    best: str = "psnr"                 # validation metric of the best checkpoint; a leading minus: smaller is better
+    best: str | None = None            # validation metric of the best checkpoint; a leading minus: smaller is better;
+                                       # none: psnr for images, -mel for speech
     max_strikes: int = 5               # non-finite steps in a row that end the run
     compile: bool = False              # torch.compile the parts that training calls
     activation_checkpointing: bool = False   # recompute block activations in the backward pass: less memory, more time
@@ -94,6 +98,7 @@ class StageConfig:
     discriminator_lr: float | None = None   # peak learning rate of the discriminators; none: the same
     warmup: float = 0.0                # linear warm-up
     schedule: str = "cosine"           # after warm-up: cosine (to min_lr) or constant
+    discriminator_schedule: str | None = None   # the discriminators' own: cosine or constant, without warm-up; none: the same
     min_lr: float = 0.0                # end of the cosine
     weights: dict[str, float] = field(default_factory=dict)   # loss term: weight; a term that is not named is not computed
     starts: dict[str, float] = field(default_factory=dict)    # loss term: when in the stage it begins; default 0

@@ -141,6 +141,11 @@ class SpeechTokenizer(Tokenizer):
     codebooks: int                    # K codes of a frame
     codebook_size: int                # entries of a codebook
     channels: int = 1                 # audio channels that the network takes
+    decodings: tuple[str, ...] = ()   # further ways to decode, where there are: values of `decode`'s argument `decoding`
+
+    def output_rate(self, decoding: str | None = None) -> int:
+        """Sample rate in Hz of what `decode` gives."""
+        return self.sample_rate
 
     def encode(self, audio: Tensor, lengths: Tensor | None = None) -> SpeechEncoding:
         """Codes (B, K, T) of audio (B, channels, samples). lengths: (B,) samples of each item; none: all of them."""
@@ -159,6 +164,19 @@ class SpeechTokenizer(Tokenizer):
             position = torch.arange(restored.shape[-1], device=restored.device)
             restored = restored * (position < lengths.to(restored.device)[:, None, None])
         return restored
+
+    def output_rate(self) -> int:
+        """Sample rate in Hz of what `decode` gives; `sample_rate` unless a system says otherwise."""
+        return self.sample_rate
+
+    def output_rate(self) -> int:
+        """Sample rate in Hz of what `decode` gives."""
+        return self.sample_rate
+
+    @property
+    def codebook_sizes(self) -> list[int]:
+        """Entries of each of the K codebooks."""
+        return [self.codebook_size] * self.codebooks
 
     def frames(self, samples: int) -> int:
         """Code frames of that many samples: rounded up."""

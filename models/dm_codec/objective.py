@@ -22,7 +22,7 @@ from tokenizers_lab.losses.adversarial import (
 )
 from tokenizers_lab.losses.spectral import MultiScaleMelLoss
 from tokenizers_lab.quantizers.result import QuantizerResult
-from tokenizers_lab.training.objective import Losses, Objective
+from tokenizers_lab.training.objective import Judge, Losses, Objective
 
 from .config import ModelConfig, ObjectiveConfig, check_objective
 from .convert import build_transform
@@ -49,6 +49,7 @@ class DMCodecObjective(Objective):
     """
 
     cfg: ObjectiveConfig
+    discriminators_first = True
 
     def __init__(self, cfg: ObjectiveConfig, model: ModelConfig, build_frozen: bool = True):
         super().__init__(cfg)
@@ -201,10 +202,15 @@ class DMCodecObjective(Objective):
                 logs |= {f"feature_matching_{family}": value.detach() for family, value in matching.items()}
         return Losses(terms, fake=coded.reconstruction, real=coded.audio, logs=logs)
 
-    def generator_losses(self, tokenizer: nn.Module, batch: Any, draw: Draw, active: frozenset[str]) -> Losses:
+    def generator_losses(
+        self, tokenizer: nn.Module, batch: Any, draw: Draw, active: frozenset[str], judge: Judge | None = None
+    ) -> Losses:
         """The terms waveform, mel, commitment, distillation, gan and feature_matching, as far as they are active."""
         assert isinstance(tokenizer, DMCodec)
-        return self.losses(self.passes(tokenizer, batch.audio, draw), batch, active)
+        made = self.passes(tokenizer, batch.audio, draw)
+        if judge is not None:
+            judge(made[0].audio, made[0].reconstruction)
+        return self.losses(made, batch, active)
 
     def discriminator_losses(self, real: Tensor, fake: Tensor) -> Losses:
         """The least-squares loss of each family, summed over its members. Real first: spectral norm iterates at each forward."""

@@ -50,6 +50,7 @@ class LMSPT(SpeechTokenizer):
         self.aux_decoder = Decoder(cfg.latent, aux.width, aux.strides, aux.kernel, aux.dilations, aux.causal)
         self.sample_rate, self.hop = cfg.sample_rate, prod(cfg.strides)
         self.codebooks = cfg.codebooks
+        self.decodings = tuple(name for name in DECODINGS if name != cfg.decoding)
         self.codebook_size = max(self.quantizer.semantic_size, cfg.acoustic_size)
 
     def output_rate(self, decoding: str | None = None) -> int:
@@ -57,6 +58,11 @@ class LMSPT(SpeechTokenizer):
         if (decoding or self.cfg.decoding) == "auxiliary":
             return self.cfg.auxiliary.sample_rate
         return self.cfg.output_sample_rate or self.cfg.sample_rate
+
+    @property
+    def codebook_sizes(self) -> list[int]:
+        """Entries of the semantic codebook, then of each acoustic one."""
+        return [self.quantizer.semantic_size] + [self.cfg.acoustic_size] * (self.codebooks - 1)
 
     def latents(self, audio: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Semantic and acoustic latents (B, latent, T) of audio (B, 1, L), 0 behind `lengths` samples."""

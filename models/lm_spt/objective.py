@@ -19,7 +19,7 @@ from tokenizers_lab.losses.adversarial import (
 from tokenizers_lab.losses.multiscale_mel import MultiWindowMelLoss
 from tokenizers_lab.quantizers.factorised import dropout_levels
 from tokenizers_lab.quantizers.result import codebook_health
-from tokenizers_lab.training.objective import Losses, Objective
+from tokenizers_lab.training.objective import Judge, Losses, Objective
 
 from .config import ModelConfig, ObjectiveConfig, check_objective
 from .model import LMSPT, Resynthesis
@@ -28,12 +28,12 @@ from .model import LMSPT, Resynthesis
 class LMSPTObjective(Objective):
     """The authors' losses, the Whisper teacher and the discriminators.
 
-    The authors update the discriminators first, on the same reconstruction, and judge it then with the updated ones: whoever
-    trains so calls `autoencode`, `discriminator_losses` and its update, then `terms`. `build_frozen=False` leaves the teacher
-    out; whoever needs it puts it into `frozen["teacher"]`.
+    The authors update the discriminators first, on the same reconstruction, and judge it then with the updated ones.
+    `build_frozen=False` leaves the teacher out; whoever needs it puts it into `frozen["teacher"]`.
     """
 
     cfg: ObjectiveConfig
+    discriminators_first = True
 
     def __init__(self, cfg: ObjectiveConfig, model: ModelConfig, build_frozen: bool = True):
         super().__init__(cfg)
@@ -123,10 +123,14 @@ class LMSPTObjective(Objective):
         given = getattr(batch, "teacher_audio", None)
         return resample(batch.audio, self.input_rate, self.teacher.sample_rate) if given is None else given
 
-    def generator_losses(self, tokenizer: nn.Module, batch: Any, draw: Draw, active: frozenset[str]) -> Losses:
+    def generator_losses(
+        self, tokenizer: nn.Module, batch: Any, draw: Draw, active: frozenset[str], judge: Judge | None = None
+    ) -> Losses:
         """The terms of `config.TERMS` that are active. batch.audio: (B, 1, L) at the tokenizer's rate."""
         assert isinstance(tokenizer, LMSPT)
         made = self.autoencode(tokenizer, batch.audio, draw)
+        if judge is not None:
+            judge(self.reference(batch), made.reconstruction)
         parts = {"acoustic": (made.quantized.acoustic, tokenizer.cfg.acoustic_size),
                  "semantic": (made.quantized.semantic, tokenizer.quantizer.semantic_size)}
         logs = {

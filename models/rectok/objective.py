@@ -16,7 +16,7 @@ from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.losses.adversarial import frozen_parameters, hinge_discriminator, hinge_generator
 from tokenizers_lab.nn.masking import TokenMask, gather_tokens, random_mask
 from tokenizers_lab.quantizers.gaussian import DiagonalGaussian
-from tokenizers_lab.training.objective import Losses, Objective
+from tokenizers_lab.training.objective import Judge, Losses, Objective
 
 from .config import ModelConfig, ObjectiveConfig, check_objective
 from .model import RecTok, SemanticMLP, SemanticTransformer
@@ -168,11 +168,15 @@ class RecTokObjective(Objective):
         with frozen_parameters(discriminator):
             return hinge_generator(discriminator(fake))
 
-    def generator_losses(self, tokenizer: nn.Module, batch: Any, draw: Draw, active: frozenset[str]) -> Losses:
+    def generator_losses(
+        self, tokenizer: nn.Module, batch: Any, draw: Draw, active: frozenset[str], judge: Judge | None = None
+    ) -> Losses:
         """The terms mse, perceptual, kl, semantic and gan, as far as they are active; all in float32."""
         assert isinstance(tokenizer, RecTok)
         made = self.autoencode(tokenizer, batch.images, draw)
         x, x_hat = made.images, made.reconstruction
+        if judge is not None:
+            judge(x, x_hat)
         terms: dict[str, Tensor] = {}
         if "semantic" in active:
             terms["semantic"] = self.semantic(made)

@@ -12,13 +12,18 @@ from tokenizers_lab.config import override_objective
 from tokenizers_lab.data.loader import build_loader
 from tokenizers_lab.draw import Draw, stable_seed
 from tokenizers_lab.errors import ConfigError, TrainingError
-from tokenizers_lab.metrics import IMAGE_METRICS
 from tokenizers_lab.settings import RunConfig
 from tokenizers_lab.training import run as run_parts
 from tokenizers_lab.training.checkpoint import prune_checkpoints
-from tokenizers_lab.training.objective import weighted_sum
-from tokenizers_lab.training.optim import build_optimizer, learning_rate, set_learning_rate, update_ema
-from tokenizers_lab.training.run import DiscriminatorStep, GeneratorStep, RunResult, State
+from tokenizers_lab.training.objective import ADVERSARIAL, weighted_sum
+from tokenizers_lab.training.optim import (
+    build_optimizer,
+    discriminator_learning_rate,
+    learning_rate,
+    set_learning_rate,
+    update_ema,
+)
+from tokenizers_lab.training.run import Adversary, GeneratorStep, RunResult, State
 from tokenizers_lab.training.signals import StopFlag
 from tokenizers_lab.training.tracking import Meter, Tracker, check_trackers
 
@@ -31,9 +36,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
     """
     began = time.monotonic()
     check_trackers(cfg.train.trackers)
-    if cfg.train.best.lstrip("-") not in IMAGE_METRICS:
-        raise ConfigError(f"train.best must be one of {', '.join(IMAGE_METRICS)}, with a minus where smaller is better, "
-                          f"not '{cfg.train.best}'")
+    best, sign = run_parts.best_metric(cfg)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),      # else accelerate leaves torchrun's processes on a CPU unjoined
         mixed_precision=cfg.train.precision, log_with=cfg.train.trackers or None, project_dir=cfg.out,
@@ -76,7 +79,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
         (run / "provenance.json").write_text(json.dumps(nets.objective.provenance(), indent=1) + "\n")
     if checkpoint is not None:
         tracker.say(f"resumed from {checkpoint}")
-    meter, sign = Meter(), (-1 if cfg.train.best.startswith("-") else 1)
+    meter = Meter()
     intervals = {"validate": cfg.train.validate_every, "save": cfg.train.checkpoint_every}
     interval_began, interval_steps = time.monotonic(), 0
 
@@ -98,16 +101,15 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                 torch.compiler.reset()      # compiled code does not notice that other parts train now
             nets.tokenizer.train()
             nets.objective.train()
-            generator, discriminator = GeneratorStep(nets.tokenizer, nets.objective), DiscriminatorStep(nets.objective)
+            generator = GeneratorStep(nets.tokenizer, nets.objective)
             generator_params = [p for p in generator.parameters() if p.requires_grad]
-            discriminator_params = list(discriminator.parameters())
             optimizers: dict[str, Any] = {"generator": build_optimizer(generator.named_parameters(), cfg.train.optimizer)}
             generator, optimizers["generator"] = accelerator.prepare(generator, optimizers["generator"])
-            has_gan = bool(stage.weights.get("gan")) and bool(discriminator_params)
-            if has_gan:
+            adversary = None
+            if any(stage.weights.get(term) for term in ADVERSARIAL) and len(nets.objective.discriminators):
                 nets.objective.discriminators.requires_grad_(True)
-                optimizers["discriminator"] = build_optimizer(discriminator.named_parameters(), cfg.train.discriminator_optimizer)
-                discriminator, optimizers["discriminator"] = accelerator.prepare(discriminator, optimizers["discriminator"])
+                adversary = Adversary(nets.objective, cfg.train, accelerator, agree)
+                optimizers["discriminator"] = adversary.optimizer
             if state.step > start:
                 for name, optimizer in optimizers.items():
                     optimizer.load_state_dict(saved_optimizers[name])
@@ -129,7 +131,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                         state.validated, state.validation, unvalidated = state.step, metrics, False
                         if saved_step == state.step:      # resumed after a signal in the middle of validating
                             saved_step, due["save"] = -1, True
-                        value = sign * metrics[cfg.train.best.lstrip("-")]
+                        value = sign * metrics[best]
                         if state.best is None or value > state.best:
                             state.best, due["save"] = value, True
                 stops = interrupted or flags[1] > 0
@@ -138,7 +140,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                     run_parts.write_checkpoint(run, cfg, state, nets, optimizers, data_state, accelerator, agree)
                     saved_step = state.step
                     if rank == 0:
-                        prune_checkpoints(run, cfg.train.keep_last, cfg.train.keep_best, cfg.train.best)
+                        prune_checkpoints(run, cfg.train.keep_last, cfg.train.keep_best, "-" * (sign < 0) + best)
                 if stops and (state.step < total_steps or (cfg.data.val and state.validated != state.step)):
                     tracker.close()
                     return RunResult(run, state.step, total_steps, "interrupted" if interrupted else "out of time", stop.raised)
@@ -150,10 +152,10 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                 lr = learning_rate(stage, stage.lr, done, length)
                 set_learning_rate(optimizers["generator"], lr)
                 active = run_parts.active_terms(stage, done)
-                gan = has_gan and "gan" in active
-                if gan:
-                    peak = stage.lr if stage.discriminator_lr is None else stage.discriminator_lr
-                    set_learning_rate(optimizers["discriminator"], learning_rate(stage, peak, done, length))
+                rival = adversary if active & ADVERSARIAL else None
+                if rival is not None:
+                    rival.begin()
+                    set_learning_rate(rival.optimizer, discriminator_learning_rate(stage, done, length))
                 draw = Draw(cfg.train.seed, rank, state.step, device)
                 torch.manual_seed(stable_seed(cfg.train.seed, rank, state.step, "dropout"))      # for dropout inside backbones
                 before = [b.clone() for b in nets.buffers()]
@@ -164,30 +166,27 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                     taken.append(batch)
                     synchronise = micro == cfg.train.accumulate - 1
                     with nullcontext() if synchronise else accelerator.no_sync(generator):
-                        losses = generator(batch, draw.within(f"micro{micro}"), active)
+                        judge = rival.judge if rival is not None and rival.first else None
+                        losses = generator(batch, draw.within(f"micro{micro}"), active, judge)
                         loss = weighted_sum(losses.terms, stage.weights)
                         accelerator.backward(loss / cfg.train.accumulate)
-                    logs = {"loss": loss, **losses.terms, **losses.logs}
-                    if gan:
-                        with nullcontext() if synchronise else accelerator.no_sync(discriminator):
-                            judged = discriminator(losses.real, losses.fake.detach())
-                            judgement = sum(judged.terms.values())
-                            accelerator.backward(judgement / cfg.train.accumulate)
-                        logs |= {**judged.terms, **judged.logs}
-                        finite = finite * judgement.detach().isfinite()
+                    if rival is not None and not rival.first:
+                        rival.judge(losses.real, losses.fake)
                     finite = finite * loss.detach().isfinite()
-                    all_logs.append(logs)
+                    all_logs.append({"loss": loss, **losses.terms, **losses.logs})
                 norms = {"grad_norm": accelerator.clip_grad_norm_(generator_params, cfg.train.optimizer.clip or float("inf"))}
-                if gan:
-                    clip = cfg.train.discriminator_optimizer.clip or float("inf")
-                    norms["discriminator_grad_norm"] = accelerator.clip_grad_norm_(discriminator_params, clip)
-                finite = finite * torch.stack(list(norms.values())).isfinite().all()
+                finite = finite * norms["grad_norm"].isfinite()
+                if rival is not None:
+                    assert rival.norm is not None      # the objective has called judge
+                    norms["discriminator_grad_norm"], finite = rival.norm, finite * rival.finite
+                    all_logs += rival.logs
                 if agree(bool(finite)):      # no rank updates unless all can
                     state.strikes = 0
                     for logs in [*all_logs, norms]:
                         meter.add(logs)
-                    for name in ("generator", "discriminator") if gan else ("generator",):
-                        optimizers[name].step()
+                    optimizers["generator"].step()
+                    if rival is not None:
+                        rival.update()
                     update_ema(nets.ema, nets.tokenizer, cfg.train.ema)
                 else:
                     state.strikes += 1
@@ -199,8 +198,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                         tracker.close()
                         raise TrainingError(f"{state.strikes} steps in a row were not finite: look at {run}/nonfinite, lower the "
                                             "learning rate, or go on from the last checkpoint with --resume")
-                for optimizer in optimizers.values():
-                    optimizer.zero_grad(set_to_none=True)
+                optimizers["generator"].zero_grad(set_to_none=True)
                 state.step += 1
                 state.validation = {}
 

@@ -1,12 +1,16 @@
 """What a system's objective looks like to the training loop."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tokenizers_lab.draw import Draw
+
+ADVERSARIAL = frozenset({"gan", "feature_matching"})      # terms that need discriminators, which train while one is active
+Judge = Callable[[Tensor, Tensor], None]
 
 
 @dataclass
@@ -26,7 +30,11 @@ class Objective(nn.Module):
     `heads` train together with the tokenizer; `discriminators` train against it, with an optimiser of their own;
     `frozen` (teachers, perceptual networks) never train, stay in eval mode, and are not saved.
     `cfg` is the system's objective config; a stage may change its values between stages.
+    `discriminators_first`: in each step the discriminators are updated before the generator's losses are computed with them,
+    as speech codecs are trained; else both are updated together at the end of the step.
     """
+
+    discriminators_first: ClassVar[bool] = False
 
     def __init__(self, cfg: Any):
         super().__init__()
@@ -41,8 +49,13 @@ class Objective(nn.Module):
         self.frozen.eval()
         return self
 
-    def generator_losses(self, tokenizer: nn.Module, batch: Any, draw: Draw, active: frozenset[str]) -> Losses:
-        """The paper's loss terms named in `active` (others are not computed). The loop multiplies them by their weights."""
+    def generator_losses(
+        self, tokenizer: nn.Module, batch: Any, draw: Draw, active: frozenset[str], judge: Judge | None = None
+    ) -> Losses:
+        """The paper's loss terms named in `active` (others are not computed). The loop multiplies them by their weights.
+
+        judge: where the discriminators come first, to be called as judge(real, fake) between reconstruction and terms.
+        """
         raise NotImplementedError
 
     def discriminator_losses(self, real: Tensor, fake: Tensor) -> Losses:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,10 @@ from tokenizers_lab.settings import OptimizerConfig, StageConfig
 
 
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], cfg: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the parameters that require gradients. Vectors, scalars and names with a part of `cfg.no_decay`
-    are not decayed. The learning rate is set by the loop at every step."""
+    """Fused AdamW over the parameters that require gradients. Names with a part of `cfg.no_decay` are not decayed, nor, unless
+    `cfg.decay_vectors`, vectors and scalars. The learning rate is set by the loop at every step."""
     trained = [(name, p) for name, p in named if p.requires_grad]
-    plain = [p.dim() < 2 or any(part in name for part in cfg.no_decay) for name, p in trained]
+    plain = [(p.dim() < 2 and not cfg.decay_vectors) or any(part in name for part in cfg.no_decay) for name, p in trained]
     groups = [
         {"params": [p for (_, p), skip in zip(trained, plain) if not skip], "weight_decay": cfg.weight_decay},
         {"params": [p for (_, p), skip in zip(trained, plain) if skip], "weight_decay": 0.0},
@@ -36,6 +37,13 @@ def learning_rate(stage: StageConfig, peak: float, done: float, length: float) -
         return peak
     share = (done - stage.warmup) / max(length - stage.warmup, 1e-12)
     return stage.min_lr + (peak - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def discriminator_learning_rate(stage: StageConfig, done: float, length: float) -> float:
+    """The discriminators' rate: on the generator's schedule, or on their own, which has no warm-up."""
+    peak = stage.lr if stage.discriminator_lr is None else stage.discriminator_lr
+    own = stage if stage.discriminator_schedule is None else replace(stage, schedule=stage.discriminator_schedule, warmup=0.0)
+    return learning_rate(own, peak, done, length)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +18,21 @@ from torch import Tensor, nn
 
 from tokenizers_lab.config import load_config, save_config
 from tokenizers_lab.data.loader import len_samples, validation_batches
+from tokenizers_lab.data.resample import resample
 from tokenizers_lab.draw import stable_seed
 from tokenizers_lab.errors import CheckpointError, ConfigError, TrainingError
-from tokenizers_lab.metrics import IMAGE_METRICS, image_metrics
+from tokenizers_lab.metrics import IMAGE_METRICS, SPEECH_METRICS, image_metrics, speech_metrics
 from tokenizers_lab.registry import get_system
-from tokenizers_lab.settings import RunConfig, StageConfig
-from tokenizers_lab.tokenizer import ImageTokenizer, Tokenizer, load_weights, read_config, read_weights, write_tokenizer_files
+from tokenizers_lab.settings import RunConfig, StageConfig, TrainConfig
+from tokenizers_lab.tokenizer import (
+    ImageTokenizer,
+    SpeechTokenizer,
+    Tokenizer,
+    load_weights,
+    read_config,
+    read_weights,
+    write_tokenizer_files,
+)
 from tokenizers_lab.training.checkpoint import (
     STATE,
     list_checkpoints,
@@ -32,13 +42,16 @@ from tokenizers_lab.training.checkpoint import (
     save_checkpoint,
     set_aside_newer,
 )
-from tokenizers_lab.training.objective import Losses, Objective
+from tokenizers_lab.training.objective import Judge, Losses, Objective
+from tokenizers_lab.training.optim import build_optimizer
 from tokenizers_lab.training.signals import StopFlag
 
 # options that do not change what is learned; the data's own checks notice when other data stand at the place
 MAY_CHANGE = {"out", "name", "data.train", "data.val", "data.workers", "data.bad_fraction", "data.max_pixels", "data.samples",
               *(f"train.{name}" for name in ("max_minutes", "log_every", "validate_every", "checkpoint_every", "keep_last",
                                              "keep_best", "best", "max_strikes", "compile", "trackers"))}
+VALIDATION_METRICS = {"image": IMAGE_METRICS, "speech": SPEECH_METRICS}
+DEFAULT_BEST = {"image": "psnr", "speech": "-mel"}
 Resume = Literal["never", "must", "auto", "fresh"]
 
 
@@ -73,9 +86,9 @@ class GeneratorStep(nn.Module):
         self.tokenizer, self.heads = tokenizer, objective.heads
         self._losses = objective.generator_losses      # not a submodule: discriminators and frozen networks stay outside
 
-    def forward(self, batch: Any, draw: Any, active: frozenset[str]) -> Losses:
+    def forward(self, batch: Any, draw: Any, active: frozenset[str], judge: Judge | None = None) -> Losses:
         """The objective's generator losses."""
-        return self._losses(self.tokenizer, batch, draw, active)
+        return self._losses(self.tokenizer, batch, draw, active, judge)
 
 
 class DiscriminatorStep(nn.Module):
@@ -89,6 +102,51 @@ class DiscriminatorStep(nn.Module):
     def forward(self, real: Tensor, fake: Tensor) -> Losses:
         """The objective's discriminator losses."""
         return self._losses(real, fake)
+
+
+class Adversary:
+    """The discriminators' half of a step: their loss and gradient for each micro-batch, then their update.
+
+    Where they come first, `judge` is called in the middle of the generator's forward pass and updates after the last
+    micro-batch; else the loop calls `update` together with the generator's.
+    """
+
+    def __init__(self, objective: Objective, cfg: TrainConfig, accelerator: Accelerator, agree: Callable[[bool], bool]):
+        step = DiscriminatorStep(objective)
+        self.first = objective.discriminators_first
+        self.parameters = list(step.parameters())
+        optimizer = build_optimizer(step.named_parameters(), cfg.discriminator_optimizer)
+        self.step, self.optimizer = accelerator.prepare(step, optimizer)
+        self.clip, self.accumulate = cfg.discriminator_optimizer.clip or float("inf"), cfg.accumulate
+        self.accelerator, self.agree = accelerator, agree
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the last step."""
+        self.logs: list[dict[str, Tensor]] = []
+        self.finite: Tensor | float = 1.0
+        self.norm: Tensor | None = None
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def judge(self, real: Tensor, fake: Tensor) -> None:
+        """Loss and gradient of a micro-batch; fake is detached."""
+        last = len(self.logs) == self.accumulate - 1
+        with nullcontext() if last else self.accelerator.no_sync(self.step):
+            judged = self.step(real, fake.detach())
+            loss = torch.stack(list(judged.terms.values())).sum()
+            self.accelerator.backward(loss / self.accumulate)
+        self.logs.append({**judged.terms, **judged.logs})
+        self.finite = self.finite * loss.detach().isfinite()
+        if last:
+            self.norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip)
+            self.finite = self.finite * self.norm.isfinite()
+            if self.first and self.agree(bool(self.finite)):
+                self.optimizer.step()
+
+    def update(self) -> None:
+        """Step, unless that was done already."""
+        if not self.first:
+            self.optimizer.step()
 
 
 @dataclass
@@ -303,16 +361,39 @@ def save_bad_batches(run: Path, step: int, rank: int, batches: list[Any]) -> Pat
 @torch.no_grad()
 def validate(ema: Tokenizer, cfg: RunConfig, accelerator: Accelerator, stop: StopFlag) -> dict[str, float] | None:
     """Held-out means of the metrics with the EMA weights, each sample once over all ranks. None if a signal came."""
-    assert isinstance(ema, ImageTokenizer)
-    sums = torch.zeros(len(IMAGE_METRICS) + 2, dtype=torch.float64)      # the metrics, the images, the signal
+    names = VALIDATION_METRICS[get_system(cfg.system).kind]
+    sums = torch.zeros(len(names) + 2, dtype=torch.float64)      # the metrics, the samples, the signal
     micro_batch = max(cfg.train.batch_size // (cfg.train.accumulate * accelerator.num_processes), 1)
     for batch in validation_batches(cfg.data, micro_batch, accelerator.process_index, accelerator.num_processes):
         if stop.raised:
             break
-        images = batch.images.to(accelerator.device)
-        values = image_metrics(images, ema.reconstruct(images))
-        sums[:-2] += torch.stack([values[name].double().sum().cpu() for name in IMAGE_METRICS])
+        values = held_out_metrics(ema, batch.to(accelerator.device))
+        sums[:-2] += torch.stack([values[name].double().sum().cpu() for name in names])
         sums[-2] += len(batch)
     sums[-1] = stop.raised
     *totals, count, signals = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
-    return None if signals else {name: total / count for name, total in zip(IMAGE_METRICS, totals)}
+    return None if signals else {name: total / count for name, total in zip(names, totals)}
+
+
+def held_out_metrics(tokenizer: Tokenizer, batch: Any) -> dict[str, Tensor]:
+    """The metrics of each sample's reconstruction: name to values (B,)."""
+    if isinstance(tokenizer, ImageTokenizer):
+        return image_metrics(batch.images, tokenizer.reconstruct(batch.images))
+    assert isinstance(tokenizer, SpeechTokenizer)
+    rate = tokenizer.output_rate()
+    original = resample(batch.audio, tokenizer.sample_rate, rate)
+    made = tokenizer.reconstruct(batch.audio, batch.lengths)
+    samples = min(original.shape[-1], made.shape[-1])      # one fewer or more where the rates differ
+    lengths = (batch.lengths * rate // tokenizer.sample_rate).clamp(1, samples)
+    return speech_metrics(made[..., :samples], original[..., :samples], rate, lengths)
+
+
+def best_metric(cfg: RunConfig) -> tuple[str, int]:
+    """(the validation metric of the best checkpoint, 1 where greater is better or −1). Raises ConfigError if there is none."""
+    kind = get_system(cfg.system).kind
+    wanted = cfg.train.best or DEFAULT_BEST[kind]
+    name = wanted.removeprefix("-")
+    if name not in VALIDATION_METRICS[kind]:
+        raise ConfigError(f"train.best must be one of {', '.join(VALIDATION_METRICS[kind])}, with a minus where smaller is "
+                          f"better, not '{wanted}'")
+    return name, -1 if wanted.startswith("-") else 1
