@@ -165,14 +165,6 @@ class SpeechTokenizer(Tokenizer):
             restored = restored * (position < lengths.to(restored.device)[:, None, None])
         return restored
 
-    def output_rate(self) -> int:
-        """Sample rate in Hz of what `decode` gives; `sample_rate` unless a system says otherwise."""
-        return self.sample_rate
-
-    def output_rate(self) -> int:
-        """Sample rate in Hz of what `decode` gives."""
-        return self.sample_rate
-
     @property
     def codebook_sizes(self) -> list[int]:
         """Entries of each of the K codebooks."""
