@@ -1,7 +1,7 @@
 """Uncertainty of means."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,15 +42,27 @@ def mean_interval(values: Sequence[float], level: float = 0.95, resamples: int =
         raise InputError("the interval of a mean needs finite values")
     if n < 2:
         return None
+    return resampled_interval(lambda drawn: array[drawn].mean(axis=1), n, level, resamples, seed)
+
+
+def resampled_interval(
+    statistic: Callable[[np.ndarray], np.ndarray], n: int, level: float = 0.95, resamples: int = 2000, seed: int = 0,
+    what: str = "",
+) -> Interval:
+    """Expanded percentile bootstrap interval of a statistic of n ≥ 2 independent items.
+
+    statistic: numbers of the drawn items (rows, n) -> its value for each row. what: which items are drawn, for the method.
+    """
     tail = stats.norm.cdf(math.sqrt(n / (n - 1)) * stats.t.ppf((1 - level) / 2, n - 1))
     rng = np.random.Generator(np.random.PCG64(seed))
-    means = np.empty(resamples)
+    values = np.empty(resamples)
     step = max(1, CHUNK // n)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
-        means[start : start + rows] = array[rng.integers(0, n, (rows, n))].mean(axis=1)
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(low), float(high), level, f"expanded percentile bootstrap, {resamples} resamples, seed {seed}")
+        values[start : start + rows] = statistic(rng.integers(0, n, (rows, n)))
+    low, high = np.quantile(values, [tail, 1 - tail])
+    method = f"expanded percentile bootstrap{what and f' of {what}'}, {resamples} resamples, seed {seed}"
+    return Interval(float(low), float(high), level, method)
 
 
 def mean_summary(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
