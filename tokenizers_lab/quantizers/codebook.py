@@ -1,6 +1,8 @@
 """A codebook that follows moving averages of the vectors it quantizes (van den Oord et al. 2017, appendix A.1), as in EnCodec."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,11 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast inside, on the tensor's device; the meta device, on which sizes are computed, knows none."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def by_rows(function: Callable[[Tensor], Tensor], rows: Tensor, width: int) -> Tensor:
     """function(rows) by chunks of rows, so that a (rows, width) matrix inside it stays small."""
     step = max(1, DISTANCES_AT_ONCE // max(width, 1))
@@ -24,7 +31,7 @@ def by_rows(function: Callable[[Tensor], Tensor], rows: Tensor, width: int) -> T
 
 def nearest(rows: Tensor, embed: Tensor) -> Tensor:
     """Index (N,) of the row of `embed` (K, D) nearest to each of rows (N, D): squared distance, float32; the lowest on a tie."""
-    with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+    with torch.no_grad(), full_precision(rows):
         rows, embed = wide(rows), wide(embed)
         norms = embed.square().sum(1)      # |x|² is the same for every code
         return by_rows(lambda part: torch.addmm(norms, part, embed.t(), alpha=-2).argmin(1), rows, len(embed))

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from tokenizers_lab.draw import Draw
 
+from .codebook import full_precision
 from .result import QuantizerResult
 
 
@@ -39,7 +40,7 @@ class FactorisedVQ(nn.Module):
 
     def lookup(self, projected: Tensor) -> Tensor:
         """Codes (B, T) of projected latents (B, dim, T): the row of the largest cosine, the first on a tie; in float32."""
-        with torch.no_grad(), torch.autocast(projected.device.type, enabled=False):
+        with torch.no_grad(), full_precision(projected):
             rows = F.normalize(self.codebook.weight.float(), dim=1)
             directions = F.normalize(projected.float().transpose(1, 2), dim=2)               # (B, T, dim)
             return (directions @ rows.T).argmax(-1)

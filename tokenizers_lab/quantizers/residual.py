@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from tokenizers_lab.draw import Draw
 
-from .codebook import EMACodebook, count_and_sum, distributed, wide
+from .codebook import EMACodebook, count_and_sum, distributed, full_precision, wide
 from .result import QuantizerResult, codebook_health
 
 
@@ -46,7 +46,7 @@ class ResidualVQ(nn.Module):
         residual = wide(x).transpose(1, 2).reshape(-1, width)                            # (N, D), rows in the order (B, T)
         codes, layers, losses, rows_of, statistics = [], [], [], [], []
         count = len(self.codebooks) if last is None else last
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             for i in range(count):
                 book = self.book(i)
                 if self.training:
@@ -94,7 +94,7 @@ class ResidualVQ(nn.Module):
         """
         batch, width, frames = x.shape
         residual, codes = wide(x).transpose(1, 2).reshape(-1, width), []
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), full_precision(x):
             for i in range(first, len(self.codebooks) if last is None else last):
                 index = self.book(i).encode(residual)
                 residual = residual - self.book(i).decode(index)
