@@ -87,6 +87,11 @@ def pixels_sha256(image: torch.Tensor) -> str:
     return hashlib.sha256((image * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy().tobytes()).hexdigest()
 
 
+def samples_sha256(audio: torch.Tensor) -> str:
+    """SHA-256 of a clip (channels, samples) as little-endian float32."""
+    return hashlib.sha256(audio.float().contiguous().cpu().numpy().astype("<f4").tobytes()).hexdigest()
+
+
 def text_sha256(lines: list[str]) -> str:
     """SHA-256 of lines of text, such as the hashes of a data set's images."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
