@@ -139,7 +139,7 @@ def measure(
     candidates: Sequence[SpeechCandidate], metrics: Sequence[BuiltMetric], clips: Iterable[Clip], channels: str = "mixed",
     observe: Observe | None = None,
 ) -> list[Record]:
-    """Every clip's values; on the CPU each clip is the work of one thread, several at once. `observe` is called here, in order."""
+    """Every clip's values; on the CPU each clip is the work of one thread, several at once. `observe` is called in order."""
     records = []
 
     @torch.inference_mode()      # thread-local: it must be entered where the work is done
