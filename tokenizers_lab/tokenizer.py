@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenizers_lab.errors import CheckpointError, InputError
+from tokenizers_lab.nn.fold import fold_weight_norms
+from tokenizers_lab.nn.streams import Context, Stream, WindowStream, context_of
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+CONTEXT_SECONDS = 2.0      # that windows of a network that is not local overlap, where nothing else is asked for
 
 
 @dataclass
@@ -141,6 +144,7 @@ class SpeechTokenizer(Tokenizer):
     codebooks: int                    # K codes of a frame
     codebook_size: int                # entries of a codebook
     channels: int = 1                 # audio channels that the network takes
+    fused: bool = False               # whether its weight norms are folded, see `fuse`
     decodings: tuple[str, ...] = ()   # further ways to decode, where there are: values of `decode`'s argument `decoding`
 
     def output_rate(self, decoding: str | None = None) -> int:
@@ -170,6 +174,57 @@ class SpeechTokenizer(Tokenizer):
         """Entries of each of the K codebooks."""
         return [self.codebook_size] * self.codebooks
 
+    def encode_stream(self, context: float = CONTEXT_SECONDS) -> Stream:
+        """`encode` in pieces, from audio (B, channels, n) to codes; `tokenizers_lab.chunks` and `.streaming` use it.
+
+        Joined, the codes are those of `encode` if the network is local. Here nothing is known of the network: windows that
+        overlap by `context` seconds on both sides are encoded. A system whose layers have streams overrides it.
+        """
+        return WindowStream(lambda audio: self.encode(audio).code, self.hop, 1, self._frames_of(context))
+
+    def decode_stream(self, context: float = CONTEXT_SECONDS) -> Stream:
+        """`decode` in pieces, from codes (B, K, n) to audio; as `encode_stream`. A system's takes the options of its `decode`."""
+        return WindowStream(self.decode, 1, self.frame_samples(), self._frames_of(context))
+
+    def frame_samples(self) -> int:
+        """Samples that `decode` makes of a frame."""
+        return self.hop
+
+    def encode_context(self) -> Context | None:
+        """Samples before a frame's first and behind its last that its codes depend on; none: there is no bound."""
+        return context_of(self.encode_stream(), self.hop, 1)
+
+    def decode_context(self, **options: Any) -> Context | None:
+        """Frames before and behind a frame that its audio depends on; none: there is no bound. options: of `decode`."""
+        return context_of(self.decode_stream(**options), 1, self.frame_samples(**options))
+
+    @property
+    def local(self) -> bool:
+        """Whether every frame, and its audio, depends on a bounded stretch only, so that pieces give the same as the whole."""
+        return self.encode_context() is not None and self.decode_context() is not None
+
+    @property
+    def causal(self) -> bool:
+        """Whether no frame depends on later audio, and no audio on later frames (a network that is not local counts as no)."""
+        contexts = (self.encode_context(), self.decode_context())
+        return all(context is not None and context.behind == 0 for context in contexts)
+
+    def fuse(self) -> "SpeechTokenizer":
+        """Fold the weight norms, in place, for inference; returns itself. It can then be neither saved nor trained further."""
+        fold_weight_norms(self)
+        self.fused = True
+        return self.requires_grad_(False)
+
+    def save_pretrained(self, folder: str | Path, card: str | None = None) -> Path:
+        """See Tokenizer. Raises CheckpointError if it is fused."""
+        if self.fused:
+            raise CheckpointError("a fused tokenizer has other keys than a saved one: save it before fuse(), or load it again")
+        return super().save_pretrained(folder, card)
+
+    def _frames_of(self, seconds: float) -> int:
+        """Whole frames in that many seconds, at least 1."""
+        return max(1, round(seconds * self.sample_rate / self.hop))
+
     def frames(self, samples: int) -> int:
         """Code frames of that many samples: rounded up."""
         return -(-samples // self.hop)
@@ -180,7 +235,7 @@ class SpeechTokenizer(Tokenizer):
             raise InputError(f"audio must be float (B, {self.channels}, samples), not {audio.dtype} {tuple(audio.shape)}")
         if 0 in audio.shape:
             raise InputError(f"audio is empty: {tuple(audio.shape)}")
-        check_lengths(lengths, len(audio), audio.shape[2], "samples")
+        check_lengths(lengths, audio.shape[0], audio.shape[2], "samples")      # len() would fix it in an export
         if audio.device.type == "meta" or torch.compiler.is_compiling():
             return
         low, high = audio.aminmax()
@@ -192,7 +247,7 @@ class SpeechTokenizer(Tokenizer):
         wanted = f"int64 (B, 1 to {self.codebooks}, T)"
         if codes.dtype != torch.int64 or codes.dim() != 3 or not 1 <= codes.shape[1] <= self.codebooks or 0 in codes.shape:
             raise InputError(f"codes must be {wanted}, not {codes.dtype} {tuple(codes.shape)}")
-        check_lengths(lengths, len(codes), codes.shape[2], "frames")
+        check_lengths(lengths, codes.shape[0], codes.shape[2], "frames")
         if codes.device.type == "meta" or torch.compiler.is_compiling():
             return
         low, high = codes.aminmax()

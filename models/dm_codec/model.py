@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tokenizers_lab.nn.seanet import SEANetDecoder, SEANetEncoder
+from tokenizers_lab.nn.streams import InTurn, Pointwise, Stream
 from tokenizers_lab.quantizers.residual import ResidualVQ
-from tokenizers_lab.tokenizer import SpeechEncoding, SpeechTokenizer
+from tokenizers_lab.tokenizer import CONTEXT_SECONDS, SpeechEncoding, SpeechTokenizer
 
 from .config import ModelConfig, check_model
 
@@ -58,19 +59,32 @@ class DMCodec(SpeechTokenizer):
     def analyse(self, audio: Tensor, lengths: Tensor | None = None, codebooks: int | None = None) -> Tensor:
         """The codes of `encode`, of audio in any range."""
         books = codebooks or self.codebooks
-        codes = torch.zeros(len(audio), books, self.frames(audio.shape[2]), dtype=torch.int64, device=audio.device)
-        for items, samples in groups(lengths, audio.shape[2], len(audio)):
+        codes = torch.zeros(audio.shape[0], books, self.frames(audio.shape[2]), dtype=torch.int64, device=audio.device)
+        for items, samples in groups(lengths, audio.shape[2], audio.shape[0]):
             found = self.quantizer.encode(self.encoder(audio[items, :, :samples].to(self.dtype)), last=books)
             codes[items, :, : found.shape[2]] = found
         return codes
 
     def synthesise(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The audio of `decode`, not limited in range."""
-        audio = torch.zeros(len(codes), 1, codes.shape[2] * self.hop, device=codes.device)
-        for items, frames in groups(lengths, codes.shape[2], len(codes)):
+        audio = torch.zeros(codes.shape[0], 1, codes.shape[2] * self.hop, device=codes.device)
+        for items, frames in groups(lengths, codes.shape[2], codes.shape[0]):
             made = self.decoder(self.quantizer.decode(codes[items, :, :frames]))
             audio[items, :, : made.shape[2]] = made.float()
         return audio
+
+    def encode_stream(self, context: float = CONTEXT_SECONDS) -> Stream:
+        """See SpeechTokenizer. Exact but for the LSTM's backward direction: each of its layers starts at least `context` seconds
+        behind a frame, so that with two layers a frame knows of 2 · context seconds of what follows. All that came before counts.
+        """
+        ahead = max(1, round(context * self.sample_rate / self.hop))
+        return InTurn([
+            Pointwise(lambda audio: audio.to(self.dtype)), self.encoder.stream(ahead), Pointwise(self.quantizer.encode)])
+
+    def decode_stream(self, context: float = CONTEXT_SECONDS) -> Stream:
+        """See SpeechTokenizer. Exact with an LSTM too, since it has one direction: its state is carried on."""
+        return InTurn([
+            Pointwise(self.quantizer.decode), self.decoder.stream(), Pointwise(lambda audio: audio.float().clamp(-1, 1))])
 
     @property
     def dtype(self) -> torch.dtype:

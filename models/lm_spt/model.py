@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from tokenizers_lab.errors import InputError
 from tokenizers_lab.nn.dac import Decoder, Encoder, zero_behind
+from tokenizers_lab.nn.streams import Filled, InTurn, Pointwise, Stream, Together
 from tokenizers_lab.quantizers.dual import DualResult, DualRVQ
-from tokenizers_lab.tokenizer import SpeechEncoding, SpeechTokenizer
+from tokenizers_lab.tokenizer import CONTEXT_SECONDS, SpeechEncoding, SpeechTokenizer
 
 from .config import DECODINGS, ModelConfig, check_model
 
@@ -59,6 +60,10 @@ class LMSPT(SpeechTokenizer):
             return self.cfg.auxiliary.sample_rate
         return self.cfg.output_sample_rate or self.cfg.sample_rate
 
+    def frame_samples(self, decoding: str | None = None) -> int:
+        """Samples that `decode` makes of a frame."""
+        return self.hop * self.output_rate(decoding) // self.sample_rate
+
     @property
     def codebook_sizes(self) -> list[int]:
         """Entries of the semantic codebook, then of each acoustic one."""
@@ -104,14 +109,26 @@ class LMSPT(SpeechTokenizer):
             lengths = lengths.to(codes.device)
             quantized = zero_behind(quantized, lengths)
         audio = self.synthesise(quantized, lengths, decoding)
-        frame = self.hop * self.output_rate(decoding) // self.sample_rate
-        return F.pad(audio, (0, codes.shape[2] * frame - audio.shape[-1]))
+        return F.pad(audio, (0, codes.shape[2] * self.frame_samples(decoding) - audio.shape[-1]))
+
+    def encode_stream(self, context: float = CONTEXT_SECONDS) -> Stream:
+        """See SpeechTokenizer. Exact: the network is local."""
+        parts = [self.semantic_encoder.stream()] + ([] if self.cfg.shared_encoder else [self.acoustic_encoder.stream()])
+        latents = Together(parts, lambda *found: self.quantizer.encode(found[0], found[-1]))
+        dtype = next(self.parameters()).dtype
+        return Filled(InTurn([Pointwise(lambda audio: audio.to(dtype)), latents]), step_in=self.hop)
+
+    def decode_stream(self, context: float = CONTEXT_SECONDS, decoding: str | None = None) -> Stream:
+        """See SpeechTokenizer. Exact: the network is local. Raises InputError on another `decoding`."""
+        self.check_decoding(decoding)
+        decoder = self.aux_decoder if (decoding or self.cfg.decoding) == "auxiliary" else self.decoder
+        parts = [Pointwise(lambda codes: self.quantized(codes, decoding)), decoder.stream(), Pointwise(Tensor.float)]
+        return Filled(InTurn(parts), step_out=self.frame_samples(decoding))
 
     def quantized(self, codes: Tensor, decoding: str | None = None) -> Tensor:
         """Latents (B, latent, T) that the decoder of that `decoding` is given."""
+        self.check_decoding(decoding)
         decoding = decoding or self.cfg.decoding
-        if decoding not in DECODINGS:
-            raise InputError(f"decoding must be one of {', '.join(DECODINGS)}; not '{decoding}'")
         if decoding == "acoustic":
             if codes.shape[1] < 2:
                 raise InputError("there are no acoustic codes to decode: only the semantic codebook was given")
@@ -143,6 +160,11 @@ class LMSPT(SpeechTokenizer):
             out = self.synthesise(latents, decoding=decoding)
             made[decoding] = F.pad(out, (0, int(seconds * self.output_rate(decoding)) - out.shape[-1]))
         return Resynthesis(quantized, made["all"], made["auxiliary"])
+
+    def check_decoding(self, decoding: str | None) -> None:
+        """Raise InputError on an unknown `decoding`."""
+        if decoding and decoding not in DECODINGS:
+            raise InputError(f"decoding must be one of {', '.join(DECODINGS)}; not '{decoding}'")
 
     def check_codes(self, codes: Tensor, lengths: Tensor | None = None) -> None:
         """Raise InputError on codes that are not int64 (B, k, T), 1 ≤ k ≤ K, each within its own codebook."""

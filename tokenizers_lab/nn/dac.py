@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from .streams import ConvStream, InTurn, Pointwise, Stream, Together, UpConvStream, stream_of
+
 Length = TypeVar("Length", int, Tensor)
 
 
@@ -25,6 +27,10 @@ class Snake(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, channels, T)."""
         return x + (self.alpha + 1e-9).reciprocal() * (self.alpha * x).sin().square()
+
+    def stream(self) -> Stream:
+        """It in pieces."""
+        return Pointwise(self)
 
 
 class Conv(nn.Conv1d):
@@ -55,6 +61,13 @@ class Conv(nn.Conv1d):
             return -(-length // stride)
         return (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
+    def stream(self) -> Stream:
+        """It in pieces."""
+        padding, stride = int(self.padding[0]), self.stride[0]
+        if self.causal:
+            return ConvStream(self, (self.kernel_size[0] - 1) * self.dilation[0] + 1 - stride, lambda length: -length % stride)
+        return ConvStream(self, padding, lambda length: padding)
+
 
 class UpConv(nn.ConvTranspose1d):
     """A transposed convolution, kernel 2 · stride. Not causal: L · stride steps leave, one less for an odd stride, as in DAC.
@@ -72,6 +85,10 @@ class UpConv(nn.ConvTranspose1d):
     def out_length(self, length: Length) -> Length:
         """Steps that leave for `length` that enter."""
         return length * self.stride[0] - (0 if self.causal else self.stride[0] % 2)
+
+    def stream(self) -> Stream:
+        """It in pieces."""
+        return UpConvStream(self, int(self.padding[0]), self.out_length)
 
 
 class Chain(nn.Sequential):
@@ -95,6 +112,10 @@ class Chain(nn.Sequential):
                 length = layer.out_length(length)
         return length
 
+    def stream(self) -> Stream:
+        """All layers in pieces."""
+        return InTurn([stream_of(layer) for layer in self])
+
 
 class ResidualUnit(Chain):
     """Snake, dilated convolution, Snake, 1 × 1 convolution, plus the input."""
@@ -110,6 +131,10 @@ class ResidualUnit(Chain):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """x: (B, width, L). Returns the same shape."""
         return x + super().forward(x, lengths)
+
+    def stream(self) -> Stream:
+        """It in pieces."""
+        return Together([Pointwise(nn.Identity()), super().stream()], torch.add)
 
 
 class EncoderBlock(Chain):

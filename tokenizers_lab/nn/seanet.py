@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from .dac import Snake
+from .streams import ConvStream, InTurn, Pointwise, Stream, Together, UpConvStream, lstm_stream, stream_of
 
 Activation = Literal["elu", "snake"]
 KERNEL = 7      # of the first and the last convolution
@@ -47,6 +48,14 @@ class Conv1d(nn.Module):
         extra = (frames - 1) * self.stride + self.span - self.overlap - x.shape[-1]     # completes the last window
         return self.conv(pad1d(x, self.overlap - right, right + extra, self.mode))
 
+    def stream(self) -> Stream:
+        """It in pieces."""
+        right = 0 if self.causal else self.overlap // 2
+        left, stride, mode = self.overlap - right, self.stride, self.mode
+        return ConvStream(
+            self.conv, left, lambda length: right + -length % stride, lambda x, left, right: pad1d(x, left, right, mode),
+            max(left, right + stride - 1) if mode == "reflect" else 0)
+
 
 class ConvTranspose1d(nn.Module):
     """Weight-normed transposed convolution whose output has T · stride frames. The norm is per input channel.
@@ -65,6 +74,11 @@ class ConvTranspose1d(nn.Module):
         """x: (B, C, T)."""
         return self.convtr(x)[..., self.left : self.left + x.shape[-1] * self.stride]
 
+    def stream(self) -> Stream:
+        """It in pieces."""
+        stride = self.stride
+        return UpConvStream(self.convtr, self.left, lambda length: length * stride)
+
 
 class SkipLSTM(nn.Module):
     """LSTM as wide as its input, plus the input; bidirectional, it doubles the channels, the input being added to both halves."""
@@ -78,6 +92,13 @@ class SkipLSTM(nn.Module):
         x = x.permute(2, 0, 1)                                                   # (T, B, C)
         y, _ = self.lstm(x)
         return (y + (torch.cat([x, x], -1) if self.lstm.bidirectional else x)).permute(1, 2, 0)
+
+    def stream(self, ahead: int = 100) -> Stream:
+        """It in pieces; exact if it has one direction. Of two, each layer's backward one starts `ahead` steps behind an output,
+        which is not exact."""
+        both = self.lstm.bidirectional
+        return Together(
+            [Pointwise(nn.Identity()), lstm_stream(self.lstm, ahead)], lambda x, y: y + (torch.cat([x, x], 1) if both else x))
 
 
 class ResidualBlock(nn.Module):
@@ -97,6 +118,10 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, T)."""
         return self.shortcut(x) + self.block(x)
+
+    def stream(self) -> Stream:
+        """It in pieces."""
+        return Together([stream_of(self.shortcut), stream_of(self.block)], torch.add)
 
 
 def build_activation(name: Activation, channels: int) -> nn.Module:
@@ -130,6 +155,10 @@ class SEANetEncoder(nn.Module):
         """audio: (B, channels, T)."""
         return self.model(audio)
 
+    def stream(self, ahead: int = 100) -> Stream:
+        """It in pieces; ahead: see SkipLSTM."""
+        return InTurn([layer.stream(ahead) if isinstance(layer, SkipLSTM) else stream_of(layer) for layer in self.model])
+
 
 class SEANetDecoder(nn.Module):
     """Features (B, width, T) to a waveform (B, 1, T · hop), not limited in range. Its LSTM has one direction."""
@@ -155,3 +184,7 @@ class SEANetDecoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """features: (B, width, T)."""
         return self.model(features)
+
+    def stream(self) -> Stream:
+        """It in pieces."""
+        return stream_of(self.model)
