@@ -19,7 +19,7 @@ from .deterministic import exact_convolutions, map_in_order
 from .gather import all_processes, check_names, in_step
 from .provenance import environment, samples_sha256, text_sha256
 from .speech_candidates import Clip, Rebuilt, SpeechCandidate, all_candidates
-from .speech_metrics import SPEECH_METRICS, BuiltMetric, build_metrics, expand_names
+from .speech_metrics import SPEECH_METRICS, BuiltMetric, MetricOptions, build_metrics, expand_names
 
 CHANNELS = ("mixed", "each")
 Observe = Callable[[SpeechCandidate, Clip, Rebuilt], None]
@@ -64,6 +64,7 @@ def evaluate_speech(
     channels: str = "mixed",
     seed: int = 0,
     allow_missing: bool = False,
+    options: MetricOptions | None = None,
     skipped: Sequence[str] = (),
     together: bool = True,
     observe: Observe | None = None,
@@ -75,7 +76,7 @@ def evaluate_speech(
         gets the whole result (unless not `together`). The network and every metric see one clip at a time, without padding:
         batch sizes, shares and threads do not change a value.
     metrics: names of `speech_metrics.SPEECH_METRICS`. With `allow_missing`, one whose weights or package are not here becomes a
-        row that says why.
+        row that says why. options: the networks that they use; none: the defaults.
     baselines: also measure the same network with random weights, the clip's mean mel held still (its `mel` alone) and, where
         a metric needs no original, the originals.
     channels: of clips with several: measure their mean (mixed) or `each` and average. data: the protocol of the clips
@@ -95,7 +96,7 @@ def evaluate_speech(
         raise InputError("a candidate needs to be told the sample rate of the clips (sample_rate)")
 
     def share() -> tuple[list[SpeechCandidate], list[BuiltMetric], dict[str, str], Measured]:
-        built, missing = build_metrics(names, allow_missing)
+        built, missing = build_metrics(names, allow_missing, options)
         absolute = any(metric.spec.needs != "pair" for metric in built)
         candidates = all_candidates(model, label, baselines, seed, absolute)
         records = measure(candidates, built, clips_of(batches, rate), channels, observe)
@@ -253,7 +254,8 @@ def _result(metric: BuiltMetric, cells: dict[str, dict[str, Any]], seed: int) ->
     result["per_clip"] = [cell["value"] for cell in cells.values()]
     if unmeasured:
         result["unmeasured"] = unmeasured
-    details = [{name: value for name, value in cell.items() if name not in ("value", "reason")} for cell in cells.values()]
+    details = [{name: value for name, value in cell.items() if name not in ("value", "reason") and not name.startswith("_")}
+               for cell in cells.values()]
     if any(details):
         result["details"] = details
     return result

@@ -17,13 +17,24 @@ SI_SDR_CAP = 100.0     # dB, given to identical clips, whose ratio is infinite a
 
 
 @dataclass(frozen=True)
+class MetricOptions:
+    """Which networks metrics use, where there is a choice, and where they run."""
+
+    asr: str = "whisper-tiny.en"                 # recognizer of wer and cer: an asset, a hub id or a folder
+    speaker: str = "resemblyzer"                 # encoder of sim: resemblyzer, or a hub id or folder of a WavLMForXVector
+    utmos: str | None = None                     # TorchScript file of UTMOS
+    device: torch.device | str = "cpu"           # where these networks run
+
+
+@dataclass(frozen=True)
 class SpeechMetric:
     """A metric's name, how to read it, and how to make it.
 
-    `build()` gives measure(original (samples,), reconstruction (samples,), about) of one clip: both mono float32 on the CPU at
-    `sample_rate`, of one length; about: its key, text, speaker and language, None where unknown. It may be called from several
+    `build(options)` gives measure(original (samples,), reconstruction (samples,), about) of one clip: both mono float32 on the
+    CPU at `sample_rate`, of one length; about: its key, text, speaker and language, None where unknown. It may be called from several
     threads at once. It returns a number; or None, or {"value": None, "reason": …}, for a clip that it cannot measure, which is
-    then counted and listed; or {"value": number, …} with more to keep of the clip (JSON data). A `provenance` attribute of it
+    then counted and listed; or {"value": number, …} with more to keep of the clip (JSON data; what begins with _ is for
+    `summary` alone). A `provenance` attribute of it
     names its network in the result. `build` raises WeightsMissing or ConfigError in one line where something is not here.
     """
 
@@ -33,16 +44,16 @@ class SpeechMetric:
     better: str                             # higher or lower
     sample_rate: int | None                 # Hz to which both are resampled; none: the rate at which the clips are read
     needs: str                              # pair: both; reconstruction: it alone; text: it and the clip's text
-    build: Callable[[], Measure]
+    build: Callable[[MetricOptions], Measure]
     # Of all clips' values (the dicts or numbers that measure gave, none of them None): fields that join or replace the mean's.
     summary: Callable[[Sequence[Any], int], dict[str, Any]] | None = None     # (values, seed) -> {"value", "uncertainty", …}
 
 
-def _mel() -> Measure:
+def _mel(options: MetricOptions) -> Measure:
     return lambda original, made, about: float(mel_distance(made[None, None], original[None, None], MEL_RATE)[0])
 
 
-def _sisdr() -> Measure:
+def _sisdr(options: MetricOptions) -> Measure:
     def measure(original: Tensor, made: Tensor, about: dict[str, Any]) -> Value:
         if not torch.any(original != original.mean()):
             return {"value": None, "reason": "the original is silent"}
@@ -76,7 +87,9 @@ def expand_names(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(expanded))
 
 
-def build_metrics(names: Sequence[str], allow_missing: bool = False) -> tuple[list[BuiltMetric], dict[str, str]]:
+def build_metrics(
+    names: Sequence[str], allow_missing: bool = False, options: MetricOptions | None = None
+) -> tuple[list[BuiltMetric], dict[str, str]]:
     """The metrics of these names, and for those whose weights or package are not here the reason.
 
     Raises InputError on an unknown name; WeightsMissing where something is missing, unless `allow_missing`.
@@ -84,7 +97,7 @@ def build_metrics(names: Sequence[str], allow_missing: bool = False) -> tuple[li
     built, missing = [], {}
     for name in expand_names(names):
         try:
-            measure = SPEECH_METRICS[name].build()
+            measure = SPEECH_METRICS[name].build(options or MetricOptions())
         except WeightsMissing as error:
             if not allow_missing:
                 raise
