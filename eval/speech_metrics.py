@@ -31,11 +31,11 @@ class SpeechMetric:
     """A metric's name, how to read it, and how to make it.
 
     `build(options)` gives measure(original (samples,), reconstruction (samples,), about) of one clip: both mono float32 on the
-    CPU at `sample_rate`, of one length; about: its key, text, speaker and language, None where unknown. It may be called from several
-    threads at once. It returns a number; or None, or {"value": None, "reason": …}, for a clip that it cannot measure, which is
-    then counted and listed; or {"value": number, …} with more to keep of the clip (JSON data; what begins with _ is for
-    `summary` alone). A `provenance` attribute of it
-    names its network in the result. `build` raises WeightsMissing or ConfigError in one line where something is not here.
+    CPU at `sample_rate`, of one length; about: its key, text, speaker and language, None where unknown. It may be called from
+    several threads at once. It returns a number; or None, or {"value": None, "reason": …}, for a clip that it cannot measure,
+    which is then counted and listed; or {"value": number, …} with more to keep of the clip (JSON data; what begins with _ is for
+    `summary` alone). A `provenance` attribute of it names its network in the result. `build` raises WeightsMissing or
+    ConfigError in one line where something is not here.
     """
 
     name: str
