@@ -146,7 +146,9 @@ def _origins(asset: Asset) -> list[str]:
 def _packages(bundle: Bundle) -> str:
     """The packages of a bundle; of several the first and the last."""
     named = [f"{archive.project} {archive.version}" for archive in bundle.archives]
-    return f"package {named[0]}" if len(named) == 1 else f"packages {named[0]} to {named[-1]}"
+    if len(named) == 1:
+        return f"package {named[0]}"
+    return f"packages {named[0]} {'and' if len(named) == 2 else 'to'} {named[-1]}"
 
 
 def _weights(asset: Asset, path: Path) -> Path:
@@ -306,8 +308,11 @@ def _missing(name: str, asset: Asset, reasons: list[str]) -> str:
         what = f"{name} needs {', '.join(file.name for file in asset.bundle.files)}"
         where = f"put these files into {shown_path(cache_dir() / asset.bundle.folder)}, or give the path of a folder with them"
     else:
-        what = f"{name} needs {asset.file}" + (f" of {asset.publisher}" if asset.publisher else "")
-        where = f"put the file into {shown_path(torch_checkpoints_dir())} or {shown_path(cache_dir())}, or give its path"
+        places = [torch_checkpoints_dir() / asset.file, cache_dir() / asset.file] if asset.file else []
+        if asset.package and not asset.file:
+            places = [cache_dir() / asset.package.file]
+        what = f"{name} needs {places[0].name}" + (f" of {asset.publisher}" if asset.publisher else "")
+        where = f"put the file into {' or '.join(shown_path(place.parent) for place in places)}, or give its path"
     if offline() and (origins := _origins(asset)):
         where += f"; or unset TOKENIZERS_LAB_OFFLINE to fetch it from {' or '.join(origins)}"
     why = f" ({'; '.join(reasons)})" if reasons else ""
