@@ -5,14 +5,14 @@ with them WIL. Texts are compared as they come; `text_normalisers` makes them co
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from tokenizers_lab.errors import InputError
 
-from .bootstrap import Interval, exact_mean, mean_interval, resampled_interval
+from .bootstrap import Interval, mean_summary, resampled_interval
 
 MAX_CELLS = 4_000_000_000     # reference × hypothesis: two bits each are kept for the way back
 
@@ -150,19 +150,22 @@ def corpus_interval(
 
 
 def summarise_edits(counts: Sequence[EditCounts], seed: int = 0) -> dict[str, Any]:
-    """What a result says of a corpus, as JSON data: rates as fractions, counts, and both intervals.
+    """What a result says of a corpus, as JSON data: rates in %, and counts.
 
-    corpus: errors of all utterances over units of all references; macro: the mean of the utterances' rates; WIL of the summed
-    counts, as jiwer gives it. Raises InputError without utterances, or if every reference is empty.
+    value: the corpus rate, errors of all utterances over units of all references, with its interval (uncertainty); macro: the
+    mean of the utterances' rates, with its own; wil: WIL of the summed counts, as jiwer gives it.
+    Raises InputError without utterances, or if every reference is empty.
     """
     total = sum(counts, EditCounts())
     if not total.reference:
         raise InputError("an error rate needs at least one reference that is not empty")
-    rates = [c.rate for c in counts]
-    intervals = {"corpus_interval": corpus_interval(counts, seed=seed), "macro_interval": mean_interval(rates, seed=seed)}
+    macro = mean_summary([100 * c.rate for c in counts], seed)
     return {
-        "corpus": total.rate, "macro": exact_mean(rates), "wil": total.information_lost, **asdict(total),
-        "reference": total.reference, "hypothesis": total.hypothesis, "utterances": len(counts),
-        "empty_references": sum(not c.reference for c in counts),
-        **{name: None if interval is None else asdict(interval) for name, interval in intervals.items()},
+        "value": 100 * total.rate, "uncertainty": _percent(corpus_interval(counts, seed=seed)),
+        "macro": macro["value"], "macro_uncertainty": macro["uncertainty"], "wil": 100 * total.information_lost,
+        **asdict(total), "reference_units": total.reference, "hypothesis_units": total.hypothesis, "utterances": len(counts),
     }
+
+
+def _percent(interval: Interval | None) -> dict[str, Any] | None:
+    return None if interval is None else asdict(replace(interval, low=100 * interval.low, high=100 * interval.high))

@@ -219,6 +219,15 @@ ASSETS: dict[str, Asset] = {
             "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e", 17_090_379),
         inside="model_state",
     ),
+    "whisper-spellings": Asset(
+        "WER: Whisper's English text normaliser", "MIT",
+        package=Package(
+            "openai-whisper", "20250625", "openai_whisper-20250625.tar.gz",
+            "37a91a3921809d9f44748ffc73c0a55c9f366c85a3ef5c2ae0cc09540432eb96", 803_191,
+            "openai_whisper-20250625/whisper/normalizers/english.json",
+            "6607f948be9824d2e1b2fa2223cd94c06c45afa4e05ea0e3d5e1f2bdffde2465", 56_128),
+        note="British to American spellings, for transformers' EnglishTextNormalizer",
+    ),
     "dnsmos": Asset(
         "DNSMOS: quality without a reference (ONNX)", "MIT", bundle=Bundle("dnsmos", tuple(
             BundleFile(name, sha256, size, ((_SPEECHMOS, f"speechmos/dnsmos_models/{name}"),)) for name, sha256, size in (
