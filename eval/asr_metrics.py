@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
@@ -97,7 +97,7 @@ class ErrorRate:
         return {"value": 100 * counts.rate, **vars(counts), **texts, "normaliser": normalise.name}
 
 
-def summarise(values: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+def summarise(values: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     """Of all clips: the corpus rate as the value, its interval, and what `summarise_edits` says beside; the normalisers' names.
 
     A clip that was measured channel by channel counts with the edits of all its channels.

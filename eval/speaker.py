@@ -1,6 +1,6 @@
 """Speaker similarity: cosine of speaker embeddings of a reconstruction and its original, and of another clip of the speaker."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,7 @@ class Similarity:
         return {"value": float(first @ second), "_original": first.tolist(), "_made": second.tolist(), "_about": about}
 
 
-def against_prompts(values: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+def against_prompts(values: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     """The cosine of each reconstruction with another clip of its speaker, the next one by name (the last's is the first).
 
     {"prompt": {value, uncertainty, n, originals}}, where originals is the same of the originals: what no codec can be expected

@@ -254,11 +254,16 @@ def _result(metric: BuiltMetric, cells: dict[str, dict[str, Any]], seed: int) ->
     result["per_clip"] = [cell["value"] for cell in cells.values()]
     if unmeasured:
         result["unmeasured"] = unmeasured
-    details = [{name: value for name, value in cell.items() if name not in ("value", "reason") and not name.startswith("_")}
-               for cell in cells.values()]
+    details = [_shown(cell, ("value", "reason")) for cell in cells.values()]
     if any(details):
         result["details"] = details
     return result
+
+
+def _shown(cell: dict[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What the result keeps of a clip's value: all but what is for the summary alone."""
+    shown = {name: value for name, value in cell.items() if name not in without and not name.startswith("_")}
+    return shown | {"channels": [_shown(one) for one in shown["channels"]]} if "channels" in shown else shown
 
 
 def _margins(

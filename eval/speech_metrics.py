@@ -1,19 +1,34 @@
 """Metrics of a clip and its reconstruction, by name: the table that `toklab eval` and `toklab compare` read."""
 
+import importlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizers_lab.errors import InputError, WeightsMissing
+from tokenizers_lab.losses.spectral import stft_magnitude
 from tokenizers_lab.metrics import MEL_RATE, mel_distance, si_sdr
+
+from .asr_metrics import ErrorRate, summarise
+from .mos import DNSMOS, UTMOS, DistillMOS, ViSQOL
+from .speaker import Similarity, against_prompts
 
 Value = float | dict[str, Any] | None
 Measure = Callable[[Tensor, Tensor, dict[str, Any]], Value]
+NETWORK_RATE = 16_000  # Hz of all recognizers, speaker encoders and predictors of scores
 NEEDS = ("pair", "reconstruction", "text")
 SI_SDR_CAP = 100.0     # dB, given to identical clips, whose ratio is infinite and would make every mean infinite
+STFT_RATE, STFT_WINDOWS = 16_000, (512, 1024, 2048)     # Hz, samples
+PESQ_SHORTEST, PESQ_LONGEST = 0.25, 40.0     # seconds: shorter is refused by P.862; ITU's code keeps 50 utterances at most
+STOI_RATE, STOI_TOO_SHORT = 16_000, 1e-5     # Hz; what pystoi gives for fewer than 30 frames that are not silent
+_numpy_generator = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -55,18 +70,131 @@ def _mel(options: MetricOptions) -> Measure:
 
 def _sisdr(options: MetricOptions) -> Measure:
     def measure(original: Tensor, made: Tensor, about: dict[str, Any]) -> Value:
-        if not torch.any(original != original.mean()):
-            return {"value": None, "reason": "the original is silent"}
+        if silent(original):
+            return unmeasured("the original is silent")
         return min(float(si_sdr(made[None, None], original[None, None])[0]), SI_SDR_CAP)
 
     return measure
 
 
+def _stft(options: MetricOptions) -> Measure:
+    return lambda original, made, about: stft_distance(made, original)
+
+
+def stft_distance(made: Tensor, original: Tensor) -> float:
+    """Mean absolute difference of natural log magnitudes (from 1e-5) of STFTs with Hann windows of 512, 1024 and 2048 samples.
+
+    The hop is a quarter of the window; the mean of the three windows. made, original: (samples,) at 16 kHz, shorter ones are
+    filled with zeros to 2048.
+    """
+    distances = []
+    for size in STFT_WINDOWS:
+        window = torch.hann_window(size)
+        pair = [F.pad(x[None], (0, max(0, STFT_WINDOWS[-1] - len(x)))) for x in (made, original)]
+        one, two = (stft_magnitude(x, size, size // 4, window).clamp_min(1e-5).log() for x in pair)
+        distances.append(float(F.l1_loss(one, two)))
+    return sum(distances) / len(distances)
+
+
+def _pesq(mode: str) -> Callable[[MetricOptions], Measure]:
+    """ITU-T P.862 (nb) and P.862.2 (wb) as MOS-LQO."""
+    rate = 16_000 if mode == "wb" else 8_000
+
+    def build(options: MetricOptions) -> Measure:
+        package = optional_package("pesq", f"PESQ ({mode})")
+        failures = {
+            package.PesqError.NO_UTTERANCES_DETECTED: "PESQ hears no utterance in it",
+            package.PesqError.BUFFER_TOO_SHORT: f"it is shorter than PESQ's {PESQ_SHORTEST:g} s",
+        }
+
+        def measure(original: Tensor, made: Tensor, about: dict[str, Any]) -> Value:
+            seconds = len(original) / rate
+            if seconds < PESQ_SHORTEST:
+                return unmeasured(f"it is shorter than PESQ's {PESQ_SHORTEST:g} s")
+            if seconds > PESQ_LONGEST:      # beyond 50 utterances the package writes behind its arrays
+                return unmeasured(f"it is longer than PESQ's {PESQ_LONGEST:g} s: cut it (--seconds)")
+            if silent(original) or silent(made):
+                return unmeasured("the original or the reconstruction is silent")
+            value = float(package.pesq(rate, original.numpy(), made.numpy(), mode, on_error=package.PesqError.RETURN_VALUES))
+            return unmeasured(failures.get(int(value), f"PESQ gives up on it ({value:g})")) if value < 0 else value
+
+        return measure
+
+    return build
+
+
+def _stoi(extended: bool) -> Callable[[MetricOptions], Measure]:
+    """Taal et al. 2011; extended: Jensen and Taal 2016."""
+
+    def build(options: MetricOptions) -> Measure:
+        package = optional_package("pystoi", "STOI")
+
+        def measure(original: Tensor, made: Tensor, about: dict[str, Any]) -> Value:
+            if silent(original):
+                return unmeasured("the original is silent")
+            if len(original) < STOI_RATE * 0.4:      # 30 frames of 12.8 ms; pystoi fails on less than one frame
+                return unmeasured("it is shorter than STOI's 0.4 s")
+            one, two = original.numpy().astype(np.float64), made.numpy().astype(np.float64)
+            with _numpy_generator:      # ESTOI adds noise of numpy's global generator, which fills bands that are silent
+                before = np.random.get_state()
+                np.random.seed(0)
+                try:
+                    value = float(package.stoi(one, two, STOI_RATE, extended=extended))
+                finally:
+                    np.random.set_state(before)
+            if value == STOI_TOO_SHORT:
+                return unmeasured("less than STOI's 0.4 s of it is not silent")
+            return value
+
+        return measure
+
+    return build
+
+
+def silent(audio: Tensor) -> bool:
+    """Whether all samples are the same."""
+    return not bool((audio != audio[0]).any())
+
+
+def unmeasured(reason: str) -> dict[str, Any]:
+    """The value of a clip that a metric cannot measure."""
+    return {"value": None, "reason": reason}
+
+
+def optional_package(name: str, what: str) -> ModuleType:
+    """A package of the extra `metrics`. Raises WeightsMissing that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise WeightsMissing(f"{what} needs the package {name}: pip install 'tokenizers-lab[metrics]' ({error})") from error
+
+
+def _error_rate(units: str, against: str) -> Callable[[MetricOptions], Measure]:
+    return lambda options: ErrorRate(units, against, options.asr, options.device)
+
+
 SPEECH_METRICS = {metric.name: metric for metric in (
     SpeechMetric("mel", "mel distance", "", "lower", MEL_RATE, "pair", _mel),
+    SpeechMetric("stft", "STFT distance", "", "lower", STFT_RATE, "pair", _stft),
     SpeechMetric("sisdr", "SI-SDR", "dB", "higher", None, "pair", _sisdr),
+    SpeechMetric("wer", "WER", "%", "lower", NETWORK_RATE, "text", _error_rate("words", "text"), summarise),
+    SpeechMetric("cer", "CER", "%", "lower", NETWORK_RATE, "text", _error_rate("characters", "text"), summarise),
+    SpeechMetric("wer_asr", "WER against the ASR of the original", "%", "lower", NETWORK_RATE, "pair",
+                 _error_rate("words", "original"), summarise),
+    SpeechMetric("cer_asr", "CER against the ASR of the original", "%", "lower", NETWORK_RATE, "pair",
+                 _error_rate("characters", "original"), summarise),
+    SpeechMetric("sim", "speaker similarity", "", "higher", NETWORK_RATE, "pair",
+                 lambda o: Similarity(o.speaker, o.device), against_prompts),
+    SpeechMetric("dnsmos", "DNSMOS (overall)", "", "higher", NETWORK_RATE, "reconstruction", lambda o: DNSMOS()),
+    SpeechMetric("distillmos", "DistillMOS", "", "higher", NETWORK_RATE, "reconstruction", lambda o: DistillMOS(o.device)),
+    SpeechMetric("visqol", "ViSQOL", "", "higher", NETWORK_RATE, "pair", lambda o: ViSQOL()),
+    SpeechMetric("utmos", "UTMOS", "", "higher", NETWORK_RATE, "reconstruction", lambda o: UTMOS(o.utmos, o.device)),
+    SpeechMetric("pesq_wb", "PESQ (wide band)", "MOS", "higher", 16_000, "pair", _pesq("wb")),
+    SpeechMetric("pesq_nb", "PESQ (narrow band)", "MOS", "higher", 8_000, "pair", _pesq("nb")),
+    SpeechMetric("stoi", "STOI", "", "higher", STOI_RATE, "pair", _stoi(False)),
+    SpeechMetric("estoi", "ESTOI", "", "higher", STOI_RATE, "pair", _stoi(True)),
 )}
-ALIASES: dict[str, tuple[str, ...]] = {}
+ALIASES = {"pesq": ("pesq_wb", "pesq_nb")}
 
 
 @dataclass(frozen=True)
