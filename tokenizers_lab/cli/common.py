@@ -2,14 +2,14 @@
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from tokenizers_lab.tokenizer import ImageTokenizer
+    from tokenizers_lab.tokenizer import ImageTokenizer, SpeechTokenizer
 
 T = TypeVar("T")
 MODEL_HELP = "a run, a checkpoint, a saved folder, SYSTEM/official or a hub id"
@@ -52,6 +52,44 @@ def load_image_tokenizer(name: str, device: str) -> "ImageTokenizer":
     return tokenizer
 
 
+def load_tokenizer(name: str, device: str) -> "ImageTokenizer | SpeechTokenizer":
+    """The tokenizer of that name, for images or for speech; the latter with its weight norms folded, for inference."""
+    from tokenizers_lab.hub import load
+    from tokenizers_lab.tokenizer import ImageTokenizer, SpeechTokenizer
+
+    tokenizer = load(name, device=device)
+    assert isinstance(tokenizer, ImageTokenizer | SpeechTokenizer)      # there is no third kind
+    return tokenizer.fuse() if isinstance(tokenizer, SpeechTokenizer) else tokenizer
+
+
+def check_files(files: Sequence[str], speech: bool, model: str) -> None:
+    """Raise InputError on a file whose name says that it is of the other kind: an image for a speech tokenizer, or a sound."""
+    from tokenizers_lab.data import audio, decode
+    from tokenizers_lab.errors import InputError
+
+    others, what, kind = (decode.EXTENSIONS, "an image", "speech") if speech else (audio.EXTENSIONS, "a sound", "images")
+    for file in files:
+        if Path(file).suffix.lower().lstrip(".") in others:
+            raise InputError(f"{file} is {what}, but {model} is a tokenizer for {kind}")
+
+
+def check_options(args: argparse.Namespace, speech: bool, for_images: Sequence[str], for_speech: Sequence[str]) -> None:
+    """Raise InputError if an option was given that is for the other kind of tokenizer. Names of attributes; none: not given."""
+    from tokenizers_lab.errors import InputError
+
+    for name in for_images if speech else for_speech:
+        if getattr(args, name):
+            kind, other = ("speech", "images") if speech else ("images", "speech")
+            raise InputError(f"--{name} is for {other}; {args.model} is a tokenizer for {kind}")
+
+
+def add_wav(parser: argparse.ArgumentParser) -> None:
+    """How sounds are decoded and written."""
+    parser.add_argument("--rate", choices=["codec", "original"], help="speech: sample rate of the WAV; default: codec")
+    parser.add_argument("--float", action="store_true", help="speech: 32-bit floats instead of 16-bit integers")
+    parser.add_argument("--decoding", metavar="WAY", help="speech: one of the model's ways to decode, where it has several")
+
+
 @contextmanager
 def process_group() -> Iterator[int]:
     """The processes that torchrun or accelerate launch started work together inside; gives this process's rank."""
@@ -85,8 +123,25 @@ def show_progress(items: Iterable[T], what: str, total: int | None = None) -> It
     yield from track(items, what, total=total, console=console, transient=True)
 
 
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[float], None]]:
+    """A bar on stderr, where that is a terminal, over `total` files; gives a function that adds a share of a file."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda share: bar.advance(task, share)
+
+
 def unique_names(files: Sequence[str], folder: Path, suffix: str) -> list[Path]:
-    """An output path for each input file, by its stem; files that share a stem keep their extension, or get a number."""
+    """An output path for each input file, by its stem; files that share a stem keep their extension, or get a number.
+
+    Raises InputError if an output would replace an input.
+    """
+    from tokenizers_lab.errors import InputError
+
     stems = [Path(f).stem for f in files]
     names, taken = [], set()
     for file, stem in zip(files, stems):
@@ -96,6 +151,10 @@ def unique_names(files: Sequence[str], folder: Path, suffix: str) -> list[Path]:
             name, number = f"{base}-{number}", number + 1
         taken.add(name)
         names.append(folder / f"{name}{suffix}")
+    inputs = {Path(file).resolve() for file in files}
+    for path in names:
+        if path.exists() and path.resolve() in inputs:
+            raise InputError(f"--out {folder} would replace {path}: give another folder")
     return names
 
 

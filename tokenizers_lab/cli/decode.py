@@ -1,17 +1,32 @@
-"""`toklab decode`: latents or codes back to images."""
+"""`toklab decode`: latents or codes back to images or sounds."""
 
 import argparse
 from typing import TYPE_CHECKING
 
-from .common import add_model, device_of, load_image_tokenizer, output_folder, say, show_progress, unique_names
+from .common import (
+    add_model,
+    add_wav,
+    check_options,
+    device_of,
+    load_tokenizer,
+    output_folder,
+    progress_bar,
+    say,
+    show_progress,
+    unique_names,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tokenizers_lab.tokenizer import ImageTokenizer, SpeechTokenizer
+
+    from .encoded import Encoded
     from .pictures import Geometry
 
-help = "decode files of toklab encode to images"
-description = "Decode the safetensors files that toklab encode wrote to PNG, in the size of the original image (or of its crop)."
+help = "decode files of toklab encode to images or sounds"
+description = """Decode the safetensors files that toklab encode wrote: images to PNG, in the size of the original image
+(or of its crop); sounds to WAV, of exactly the original's duration, at the codec's sample rate or the original's."""
 example = "toklab decode latents/*.safetensors --model runs/rectok-tiny --out decoded"
 
 
@@ -19,49 +34,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Files, model, folder."""
     parser.add_argument("files", metavar="FILE", nargs="+", help="files that toklab encode wrote")
     add_model(parser)
-    parser.add_argument("--out", default="decoded", help="folder for the PNG files; default: decoded")
+    parser.add_argument("--out", default="decoded", help="folder for the PNG or WAV files; default: decoded")
     parser.add_argument("--any-model", action="store_true", help="decode what another model encoded, too")
+    add_wav(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write one PNG for each file."""
+    """Write one PNG or WAV for each file."""
+    from tokenizers_lab.hub import resolve_folder, weights_sha256
+    from tokenizers_lab.tokenizer import SpeechTokenizer
+
+    tokenizer = load_tokenizer(args.model, device_of(args))
+    check_options(args, isinstance(tokenizer, SpeechTokenizer), [], ["rate", "float", "decoding"])
+    sha256 = None if args.any_model else weights_sha256(resolve_folder(args.model))
+    if isinstance(tokenizer, SpeechTokenizer):
+        decode_sounds(args, tokenizer, sha256)
+    else:
+        decode_images(args, tokenizer, sha256)
+    return 0
+
+
+def decode_images(args: argparse.Namespace, tokenizer: "ImageTokenizer", sha256: str | None) -> None:
+    """A PNG of each file."""
     import torch
 
-    from tokenizers_lab.errors import InputError
-    from tokenizers_lab.hub import resolve_folder, weights_sha256
-
+    from .encoded import check_maker, read_encoded
     from .pictures import save_png
 
-    tokenizer = load_image_tokenizer(args.model, device_of(args))
-    sha256 = weights_sha256(resolve_folder(args.model))
     targets = unique_names(args.files, output_folder(args.out), ".png")
     for file, target in show_progress(zip(args.files, targets), "decoding", len(targets)):
-        stored, geometry, made_by = read_encoded(file)
-        if made_by != sha256 and not args.any_model:
-            whose = f"SHA-256 {made_by[:12]}, not {sha256[:12]}"
-            raise InputError(f"{file} was encoded by other weights ({whose}); --any-model decodes it all the same")
+        encoded = read_encoded(file)
+        stored, geometry = read_latents(encoded, tokenizer)
+        if sha256:
+            check_maker(encoded, sha256)
         with torch.inference_mode():
             images = tokenizer.decode(stored[None].to(tokenizer.device))
         save_png(geometry.undo(images), target)
         say(f"{file} -> {target}")
-    return 0
 
 
-def read_encoded(file: str) -> "tuple[Tensor, Geometry, str]":
-    """(latents (C, h, w) or codes (K, h, w), geometry, SHA-256 of the model) of a file. Raises InputError if it is not ours."""
+def read_latents(encoded: "Encoded", tokenizer: "ImageTokenizer") -> "tuple[Tensor, Geometry]":
+    """(latents (C, h, w) or codes (K, h, w), geometry) of an image's file. Raises InputError if it is none."""
     from dataclasses import fields
-
-    from safetensors import SafetensorError, safe_open
 
     from tokenizers_lab.errors import InputError
 
     from .pictures import Geometry
 
+    stored = encoded.tensors.get("latents", encoded.tensors.get("codes"))
+    if "file_height" not in encoded.header or stored is None:
+        raise InputError(f"{encoded.file} does not hold an image, which this {tokenizer.system} tokenizer decodes")
     try:
-        with safe_open(file, "pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}      # noqa: SIM118 (safe_open is no mapping)
-        geometry = Geometry(**{f.name: int(header[f.name]) for f in fields(Geometry)})
-        return tensors.get("latents", tensors.get("codes")), geometry, header["model_sha256"]      # type: ignore[return-value]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{file} is not a file that toklab encode wrote, or is damaged ({error})") from error
+        return stored, Geometry(**{f.name: int(encoded.header[f.name]) for f in fields(Geometry)})
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{encoded.file}: its header is damaged ({error}); encode the image again") from error
+
+
+def decode_sounds(args: argparse.Namespace, tokenizer: "SpeechTokenizer", sha256: str | None) -> None:
+    """A WAV of each file."""
+    from .encoded import check_maker, read_encoded
+    from .sounds import decode_codes, read_codes, save_sound, wav_options
+
+    wav = wav_options(args, tokenizer)
+    targets = unique_names(args.files, output_folder(args.out), ".wav")
+    with progress_bar("decoding", len(targets)) as advance:
+        for file, target in zip(args.files, targets):
+            encoded = read_encoded(file)
+            if sha256 and "original_rate" in encoded.header:
+                check_maker(encoded, sha256)
+            codes, sound = read_codes(encoded, tokenizer)
+            save_sound(target, decode_codes(tokenizer, codes, wav, advance), sound, wav)
+            say(f"{file}: {sound.seconds:.2f} s -> {target}")

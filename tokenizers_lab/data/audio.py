@@ -6,7 +6,7 @@ Integers of any depth are scaled to [-1, 1]; floats are taken as they are. Whate
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_lab.data.decode import open_bytes
-from tokenizers_lab.data.resample import Resampler, resample, resample_span, resampled_length
+from tokenizers_lab.data.resample import resample, resample_blocks, resample_span, resampled_length
 from tokenizers_lab.errors import DataError
 
 EXTENSIONS = frozenset({"wav", "flac", "ogg", "oga", "opus", "mp3", "aif", "aiff", "au", "w64", "rf64", "caf"})
@@ -26,6 +26,7 @@ MAX_SECONDS = 4 * 3600.0       # longer files are read in pieces, not whole
 MAX_CHANNELS = 64
 RATES = (1_000, 768_000)       # Hz: what a header may say
 MAX_PEAK = 100.0               # floats beyond this are not sound in [-1, 1]; somewhat above 1 happens after processing
+WAV_BYTES = 4_000_000_000      # of samples, that a WAV header can tell
 BLOCK = 1 << 16                # samples of a channel that `read_blocks` decodes at once
 
 _WAV_DATA = re.compile(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
@@ -141,20 +142,17 @@ def read_blocks(
     channels: int | None = None,
     block: int = BLOCK,
     name: str | None = None,
+    pick: int | None = None,
 ) -> Iterator[Tensor]:
     """What `read_audio` gives, in pieces of about `block` samples of the file: any length in constant memory.
 
-    Yields float32 (channels, t), t above 0; joined they equal the whole. Raises DataError.
+    pick: only this channel of the file, counted from 0. Yields float32 (channels, t), t above 0; joined they equal the whole.
+    Raises DataError.
     """
     with open_audio(source, name) as file:
-        resampler = Resampler(file.info.sample_rate, sample_rate or file.info.sample_rate)
-        for piece in file.blocks(block):
-            out = resampler.push(to_channels(piece, channels, file.name))
-            if out.shape[-1]:
-                yield out
-        rest = resampler.flush()
-        if rest is not None and rest.shape[-1]:
-            yield rest
+        picked = (piece if pick is None else piece[pick : pick + 1] for piece in file.blocks(block))
+        mixed = (to_channels(piece, channels, file.name) for piece in picked)
+        yield from resample_blocks(mixed, file.info.sample_rate, sample_rate or file.info.sample_rate)
 
 
 def read_segment(file: AudioFile, start: int, samples: int, sample_rate: int, channels: int | None = None) -> Tensor:
@@ -195,6 +193,35 @@ def encode_audio(audio: Tensor, sample_rate: int, kind: str = "FLAC", subtype: s
     buffer = io.BytesIO()
     soundfile.write(buffer, values.T.numpy(), sample_rate, format=kind, subtype=subtype)
     return buffer.getvalue()
+
+
+def write_blocks(
+    path: str | Path, blocks: Iterable[Tensor], samples: int, channels: int, sample_rate: int, subtype: str = "PCM_16"
+) -> None:
+    """Write the first `samples` of pieces (channels, t) in [-1, 1] as a WAV file of any length, in constant memory.
+
+    Clipped to [-1, 1] unless subtype is FLOAT. More than WAV's 4 GB make it RF64. The file appears under its name when it is
+    whole. Raises what `blocks` raises, and DataError if it cannot be written, or if less comes or what comes is not finite.
+    """
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.tmp")
+    kind = "WAV" if samples * channels * (4 if subtype == "FLOAT" else 2) < WAV_BYTES else "RF64"
+    left = samples
+    try:
+        with soundfile.SoundFile(draft, "w", sample_rate, channels, subtype, format=kind) as file:
+            for block in blocks:
+                values = block[:, :left].detach().cpu().float()
+                if not values.isfinite().all():
+                    raise DataError(f"{path}: the samples to write hold NaN or infinity")
+                file.write((values if subtype == "FLOAT" else values.clamp(-1, 1)).T.numpy())
+                left -= values.shape[1]
+        if left:
+            raise DataError(f"{path}: only {samples - left:,} of {samples:,} samples came")
+        os.replace(draft, path)
+    except soundfile.SoundFileError as error:
+        raise DataError(f"{path}: cannot be written ({_one_line(error)})") from error
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def check_length(file: AudioFile, max_seconds: float) -> None:

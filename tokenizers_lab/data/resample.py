@@ -6,6 +6,7 @@ the whole.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import torch
@@ -92,6 +93,18 @@ class Resampler:
         self._held = self._held[..., (keep - self._first) * self._step :].clone()   # a view would keep all that came before
         self._first, self._done = keep, ready
         return out
+
+
+def resample_blocks(blocks: Iterable[Tensor], from_rate: int, to_rate: int) -> Iterator[Tensor]:
+    """Pieces (C, t) of a signal at another sample rate; joined they equal `resample` of the whole. None is empty."""
+    resampler = Resampler(from_rate, to_rate)
+    for block in blocks:
+        out = resampler.push(block)
+        if out.shape[-1]:
+            yield out
+    rest = resampler.flush()
+    if rest is not None and rest.shape[-1]:
+        yield rest
 
 
 def _ratio(from_rate: int, to_rate: int) -> tuple[int, int]:
