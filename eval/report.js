@@ -21,4 +21,22 @@ for (const viewer of document.querySelectorAll('.viewer')) {
   });
   show(); cut();
 }
+const players = [...document.querySelectorAll('.sound audio')];
+for (const player of players) {
+  const mel = player.parentElement.querySelector('.mel'), line = mel.querySelector('i');
+  const share = name => parseFloat(getComputedStyle(mel).getPropertyValue(name)) / 100;
+  const follow = () => {
+    line.style.setProperty('--at', player.currentTime / player.duration || 0);
+    line.classList.toggle('on', player.currentTime > 0);
+    if (!player.paused) requestAnimationFrame(follow);
+  };
+  for (const event of ['play', 'pause', 'timeupdate', 'seeked']) player.addEventListener(event, follow);
+  player.addEventListener('play', () => { for (const other of players) if (other !== player) other.pause(); });
+  mel.addEventListener('click', event => {
+    const box = mel.getBoundingClientRect();
+    const at = ((event.clientX - box.left) / box.width - share('--left')) / share('--width');
+    player.currentTime = Math.min(Math.max(at, 0), 1) * player.duration;
+    player.play().catch(() => {});      // a browser may want to see a click on the page first
+  });
+}
 document.documentElement.dataset.ready = 'yes';

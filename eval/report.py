@@ -2,25 +2,24 @@
 
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from tokenizers_lab.config import to_yaml
-from tokenizers_lab.errors import TokenizersLabError
+from tokenizers_lab.errors import InputError, TokenizersLabError
 from tokenizers_lab.registry import get_system
 
 from .report_curves import curves_section
 from .report_page import page
 from .report_parts import facts, latents_section, metrics_section
 from .report_pictures import pictures_section
-from .runs import RunFolder, evaluate_run, open_run, read_results
+from .report_sounds import codes_section, sounds_section
+from .runs import METRICS, RunFolder, evaluate_run, open_run, read_results
 
 REPORT = "report.html"
-SECTIONS = {
-    "quality": "Quality", "pictures": "Reconstructions", "curves": "Curves", "latents": "Latents", "origin": "Origin and config",
-}
 
 
 @dataclass
@@ -38,17 +37,22 @@ class RunView:
         return f"{self.tag}: {self.run.path.name}" if self.tag else self.run.path.name
 
 
-def write_report(run_folder: str | Path, other: str | Path | None = None, path: str | Path | None = None) -> Path:
+def write_report(
+    run_folder: str | Path, other: str | Path | None = None, path: str | Path | None = None, metrics: Sequence[str] | None = None
+) -> Path:
     """Write the report of a run, or of `run_folder` (A) against `other` (B), and return its path.
 
-    By default report.html in the run's folder, or report-against-<other>.html. A run whose results.json is missing or older
-    than its newest checkpoint is evaluated first; where that is impossible the page says why.
-    Raises CheckpointError if a folder is no run.
+    By default report.html in the run's folder, or report-against-<other>.html. A run whose results.json is missing, older
+    than its newest checkpoint or without one of the `metrics` (beside those of `runs.METRICS`) is evaluated first; where that
+    is impossible the page says why, or with `metrics` its error is raised.
+    Raises CheckpointError if a folder is no run, InputError if one run is for images and the other for speech.
     """
     folders = [Path(run_folder)] if other is None else [Path(run_folder), Path(other)]
-    views = [view_run(folder, tag if other is not None else "") for folder, tag in zip(folders, "AB")]
-    sections = (_header, metrics_section, pictures_section, curves_section, latents_section, _origin_section)
-    body = "\n".join(section(views) for section in sections)
+    kinds = [open_run(folder).kind for folder in folders]
+    if len(set(kinds)) > 1:
+        raise InputError(f"{folders[0]} is for {kinds[0]}, {folders[1]} for {kinds[1]}: only runs of one kind compare")
+    views = [view_run(folder, tag if other is not None else "", metrics) for folder, tag in zip(folders, "AB")]
+    body = "\n".join([_header(views), *(section(views) for _, section in SECTIONS[kinds[0]].values())])
     default = REPORT if other is None else f"report-against-{views[1].run.path.resolve().name}.html"
     target = Path(path) if path is not None else folders[0] / default
     text = page(escape(" against ".join(v.run.path.resolve().name for v in views)), body)
@@ -59,16 +63,25 @@ def write_report(run_folder: str | Path, other: str | Path | None = None, path: 
     return target
 
 
-def view_run(folder: Path, tag: str = "") -> RunView:
-    """Read a run, evaluating it if its results are not those of its newest checkpoint."""
+def view_run(folder: Path, tag: str = "", metrics: Sequence[str] | None = None) -> RunView:
+    """Read a run, evaluating it if its results are not those of its newest checkpoint, or lack one of the `metrics`."""
     run = open_run(folder)
     results = read_results(run)
-    if results is not None and all((run.path / e["original"]).is_file() for e in results.get("examples", [])):
+    if results is not None and is_whole(run, results, metrics):
         return RunView(run, results, tag=tag)
     try:
-        return RunView(run, evaluate_run(run), tag=tag)
+        return RunView(run, evaluate_run(run, [*METRICS[run.kind], *(metrics or ())]), tag=tag)
     except TokenizersLabError as error:
+        if metrics:      # who asks for a metric by name wants to hear why there is none
+            raise
         return RunView(run, None, str(error), tag)
+
+
+def is_whole(run: RunFolder, results: dict[str, Any], metrics: Sequence[str] | None) -> bool:
+    """Whether the results have the metrics asked for and the files of their examples."""
+    files = [file for e in results.get("examples", []) for file in e.get("sounds", {"original": e.get("original")}).values()]
+    asked = metrics is None or set(metrics) <= set(results["run"].get("metrics", []))
+    return asked and all((run.path / file).is_file() for file in files)
 
 
 def _header(views: list[RunView]) -> str:
@@ -82,13 +95,15 @@ def _header(views: list[RunView]) -> str:
             lines.append(f'<p class="flag">{label}no held-out results: {escape(view.problem)}</p>')
     if len(views) == 2 and all(v.results for v in views):
         a, b = (v.results["protocol"] for v in views if v.results)
-        same_images = a.get("images_sha256") is not None and a.get("images_sha256") == b.get("images_sha256")
-        compared = (a.keys() | b.keys()) - ({"source"} if same_images else set())      # the same pictures under two names
+        hashes = [name for name in ("images_sha256", "audio_sha256") if a.get(name) is not None]
+        same = bool(hashes) and all(a[name] == b.get(name) for name in hashes)
+        compared = (a.keys() | b.keys()) - ({"source"} if same else set())      # the same data under two names
         differing = [k for k in sorted(compared) if a.get(k) != b.get(k)]
         if differing:
             lines.append('<p class="flag">The two were not measured alike, so their numbers do not compare: '
                          f"they differ in {escape(', '.join(differing))}.</p>")
-    lines.append("<nav>" + "".join(f'<a href="#{key}">{title}</a>' for key, title in SECTIONS.items()) + "</nav>")
+    links = [f'<a href="#{key}">{title}</a>' for key, (title, _) in SECTIONS[views[0].run.kind].items()]
+    lines.append(f"<nav>{''.join(links)}</nav>")
     return "\n".join(lines)
 
 
@@ -116,3 +131,17 @@ def _origin_section(views: list[RunView]) -> str:
         parts.append(f"<details{opened}><summary>Origin, protocol, environment</summary>{facts(rows)}</details>")
         parts.append(f"<details><summary>Config</summary><pre>{escape(to_yaml(view.run.config))}</pre></details>")
     return "\n".join(parts) + "</section>"
+
+
+Section = Callable[[list[RunView]], str]
+SECTIONS: dict[str, dict[str, tuple[str, Section]]] = {      # of each kind of run: anchor -> title, what writes it
+    "image": {
+        "quality": ("Quality", metrics_section), "pictures": ("Reconstructions", pictures_section),
+        "curves": ("Curves", curves_section), "latents": ("Latents", latents_section),
+        "origin": ("Origin and config", _origin_section),
+    },
+    "speech": {
+        "quality": ("Quality", metrics_section), "sounds": ("Reconstructions", sounds_section),
+        "codes": ("Codes", codes_section), "curves": ("Curves", curves_section), "origin": ("Origin and config", _origin_section),
+    },
+}

@@ -11,11 +11,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from .sounds import draw_mel
+
 # matplotlib knows no CSS variables: it draws in stand-in colours, which become the page's colours afterwards
 STAND_INS = {"ink": "#010203", "line": "#040506", **{f"c{i}": f"#0708{i:02d}" for i in range(10)}}
 CSS = {name: f"var(--{name})" for name in STAND_INS}
 POINTS = 400       # a longer curve is averaged to this many points
 WIDTH, HEIGHT = 4.0, 2.3     # inches; the page scales the drawing
+MEL_LEFT, MEL_WIDTH = 0.1, 0.88     # shares of a spectrogram's drawing: left of its first second, its seconds
 
 
 @dataclass
@@ -94,6 +97,20 @@ def share_chart(name: str, shares: Sequence[float]) -> str:
     axes.plot(np.arange(1, len(total) + 1), total, color=STAND_INS["c0"], linewidth=1.5, marker=marker, markersize=3)
     axes.set_ylim(0, 104)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return _svg(figure, name)
+
+
+def mel_chart(name: str, levels: np.ndarray, loudest: float) -> str:
+    """A mel spectrogram (80, frames) over seconds; its colours end at `loudest`. The page knows where its seconds are."""
+    figure = Figure(figsize=(5.2, 1.9))
+    figure.patch.set_alpha(0)
+    axes = figure.add_axes((MEL_LEFT, 0.2, MEL_WIDTH, 0.76))
+    draw_mel(axes, levels, loudest)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.tick_params(which="both", colors=STAND_INS["ink"], labelsize=8, length=2, color=STAND_INS["line"])
+    axes.set_ylabel("Hz", fontsize=8, color=STAND_INS["ink"], labelpad=1)
+    axes.set_xlabel("s", fontsize=8, color=STAND_INS["ink"], labelpad=0, loc="right")
     return _svg(figure, name)
 
 

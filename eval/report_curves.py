@@ -9,10 +9,11 @@ from .report_charts import Series, line_chart, nice
 if TYPE_CHECKING:
     from .report import RunView
 
-NOT_TERMS = {"step", "stage", "kind", "loss", "lr", "psnr", "ssim"}
+NOT_OTHERS = {"step", "stage", "kind", "loss", "lr"}     # what is drawn elsewhere
 RUN_COLOURS = ("c0", "c1")
-TITLES = {"loss": "total loss", "lr": "learning rate", "psnr": "PSNR, dB", "ssim": "SSIM", "grad_norm": "gradient norm",
+TITLES = {"loss": "total loss", "lr": "learning rate", "grad_norm": "gradient norm",
           "samples_per_second": "samples a second", "waiting": "share of time waiting for data"}
+HELD_OUT = {"psnr": "PSNR, dB", "ssim": "SSIM", "mel": "mel distance", "sisdr": "SI-SDR, dB"}     # of validations
 
 
 def curve(view: "RunView", key: str, kind: str) -> tuple[list[float], list[float]]:
@@ -43,13 +44,13 @@ def curves_section(views: "list[RunView]") -> str:
     if not any(v.run.records for v in views):
         return '<section id="curves"><h2>Curves</h2><p class="soft">metrics.jsonl has no records yet.</p></section>'
     terms = _in_order(term for v in views for term in term_weights(v))
-    numbers = _in_order(k for v in views for r in v.run.records for k, value in r.items() if isinstance(value, int | float))
+    trained, validated = _numbers(views, "train"), _numbers(views, "val")
     charts = [_chart(views, "loss", log=True)]
     charts += [_weighted_chart(view, terms) for view in views]
-    charts += [_chart(views, term, log=True, note=_weights_note(views, term)) for term in terms if term in numbers]
-    charts += [_chart(views, key) for key in ("psnr", "ssim") if key in numbers]
+    charts += [_chart(views, term, log=True, note=_weights_note(views, term)) for term in terms if term in trained]
+    charts += [_chart(views, key, kind="val") for key in validated if key != "step"]
     charts += [_chart(views, "lr")]
-    charts += [_chart(views, key) for key in numbers if key not in NOT_TERMS and key not in terms]
+    charts += [_chart(views, key) for key in trained if key not in NOT_OTHERS and key not in terms]
     stages = "; ".join(_stages(v) for v in views)
     return f"""<section id="curves"><h2>Curves</h2><p class="key">{_legend(views)}</p>
 <p class="soft">Stages, at the dotted verticals: {escape(stages)}.
@@ -77,17 +78,18 @@ def _val_colour(views: "list[RunView]", colour: str) -> str:
     return "c1" if len(views) == 1 else colour
 
 
-def _chart(views: "list[RunView]", key: str, log: bool = False, note: str = "") -> str:
+def _chart(views: "list[RunView]", key: str, log: bool = False, note: str = "", kind: str = "train") -> str:
+    """One number of the records of a kind: a loss term and a held-out metric may have one name, and are two things."""
     series = []
     for view, colour in zip(views, RUN_COLOURS):
-        label = view.tag or "run"
-        series.append(Series(label, colour, *curve(view, key, "train")))
-        series.append(Series(f"{label} validation", _val_colour(views, colour), *curve(view, key, "val"), dots=True, dashed=True))
+        val = kind == "val"
+        colour = _val_colour(views, colour) if val else colour
+        series.append(Series(view.tag or "run", colour, *curve(view, key, kind), dots=val, dashed=val))
     series = [s for s in series if s.steps]
     if not series:
         return ""
-    drawing = line_chart(f"curve {key}", series, _boundaries(views), log)
-    title = TITLES.get(key, key.replace("_", " "))
+    drawing = line_chart(f"curve {kind} {key}", series, _boundaries(views), log)
+    title = (HELD_OUT if kind == "val" else TITLES).get(key, key.replace("_", " "))
     last = " · ".join(f"{nice(s.values[-1])}" for s in series)
     return f'<figure class="chart"><h3>{escape(title)} <small>{note} last {escape(last)}</small></h3>{drawing}</figure>'
 
@@ -121,6 +123,12 @@ def _weights_note(views: "list[RunView]", term: str) -> str:
 def _boundaries(views: "list[RunView]") -> list[float]:
     """Steps at which a stage after the first begins, as far as the run has come."""
     return sorted({float(start) for v in views for _, start in v.run.boundaries if 0 < start <= v.run.step})
+
+
+def _numbers(views: "list[RunView]", kind: str) -> list[str]:
+    """Names of the numbers in the records of a kind."""
+    records = [record for view in views for record in view.run.records if record.get("kind") == kind]
+    return _in_order(name for record in records for name, value in record.items() if isinstance(value, int | float))
 
 
 def _in_order(items: Iterable[Any]) -> list[Any]:

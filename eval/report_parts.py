@@ -4,6 +4,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from .report_charts import channel_chart, nice, share_chart
+from .runs import NOUNS
 
 if TYPE_CHECKING:
     from .report import RunView
@@ -57,12 +58,12 @@ def metrics_section(views: "list[RunView]") -> str:
             lines.append(f'<tr class="margin"><td>{escape(label)}</td>{cells}</tr>')
     reasons = {r["title"]: r["missing"] for v in known for r in _results(v)["rows"][0]["metrics"].values() if "missing" in r}
     missing = "".join(f"<p>{escape(title)} is not here: {escape(reason)}</p>" for title, reason in reasons.items())
-    first = _results(known[0])
+    first, noun = _results(known[0]), NOUNS[known[0].run.kind]
     head = "".join(f"<th>{escape(title)}</th>" for title in titles.values())
-    return f"""<section id="quality"><h2>Quality <small>on {first["n"]} held-out images</small></h2>
+    return f"""<section id="quality"><h2>Quality <small>on {first["n"]} held-out {noun}</small></h2>
 <div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>
-<p class="soft">Means over the images; below each its 95 % bootstrap interval.
-Margins are taken image by image; positive is better.</p>{missing}</section>"""
+<p class="soft">Means over the {noun}; below each its 95 % bootstrap interval.
+Margins are taken {noun[:-1]} by {noun[:-1]}; positive is better.</p>{missing}</section>"""
 
 
 def _results(view: "RunView") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A training run's folder: what it holds, and its evaluation on held-out images."""
+"""A training run's folder: what it holds, and its evaluation on held-out images or clips."""
 
 import json
 from collections.abc import Sequence
@@ -11,22 +11,29 @@ from PIL import Image
 from torch import Tensor
 
 from tokenizers_lab.config import load_config
+from tokenizers_lab.data.batch import ImageBatch
 from tokenizers_lab.data.loader import validation_batches
 from tokenizers_lab.errors import CheckpointError, DataError, WeightsMissing
 from tokenizers_lab.hub import load
 from tokenizers_lab.registry import get_system
 from tokenizers_lab.settings import RunConfig
-from tokenizers_lab.tokenizer import ImageTokenizer
+from tokenizers_lab.tokenizer import ImageTokenizer, SpeechTokenizer
 from tokenizers_lab.training.checkpoint import newest_checkpoint, read_state
 from tokenizers_lab.training.run import stage_lengths
 
 from .grid import save_grid, to_pixels
 from .images import Candidate, data_protocol, evaluate_images
-from .latents import LatentColours, latent_statistics
+from .latents import latent_statistics
 from .provenance import write_json
 
 RESULTS, GRID, EXAMPLES, METRICS_FILE, TEACHERS = "results.json", "grid.png", "examples", "metrics.jsonl", "provenance.json"
-EXAMPLE_COUNT = 16
+NOUNS = {"image": "images", "speech": "clips"}     # what a run of that kind is measured on
+MODEL_LABEL = "trained (EMA weights)"
+EXAMPLE_COUNT, CLIP_COUNT = 16, 6     # pictures, clips that are kept to listen to
+METRICS = {
+    "image": ("psnr", "ssim", "lpips"),
+    "speech": ("mel", "sisdr"),     # those that take seconds; wer and the like by name
+}
 
 
 @dataclass
@@ -40,6 +47,11 @@ class RunFolder:
     step: int                          # its step
     total: int                         # steps of the whole run
     boundaries: list[tuple[str, int]]  # stages and the step at which each begins
+
+    @property
+    def kind(self) -> str:
+        """What it is for: image or speech."""
+        return get_system(self.config.system).kind
 
     @property
     def status(self) -> str:
@@ -103,40 +115,83 @@ class ExampleKeeper:
 
 
 def evaluate_run(
-    run: RunFolder, metrics: Sequence[str] = ("psnr", "ssim", "lpips"), device: torch.device | str = "cpu", batch_size: int = 16
+    run: RunFolder, metrics: Sequence[str] | None = None, device: torch.device | str = "cpu", batch_size: int = 16
 ) -> dict[str, Any]:
-    """Evaluate the newest checkpoint's EMA weights on the run's validation images.
+    """Evaluate the newest checkpoint's EMA weights on the run's validation images or clips.
 
-    Writes results.json, grid.png and examples/ into the run's folder; returns the results. A metric whose weights are not
-    here becomes a row that says so. Raises CheckpointError without a checkpoint, DataError without validation images.
+    metrics: none: those of METRICS for its kind. One whose weights or package are not here becomes a row that says so.
+    Writes results.json, examples/ and, of images, grid.png into the run's folder; returns the results.
+    Raises CheckpointError without a checkpoint, DataError without validation data, InputError on an unknown metric.
     """
     if run.checkpoint is None:
         raise CheckpointError(f"{run.path} has no finished checkpoint yet: train longer, or lower train.checkpoint_every")
+    noun = NOUNS[run.kind]
     if not run.config.data.val:
-        raise DataError(f"{run.path} has no validation images: set data.val to evaluate it")
+        raise DataError(f"{run.path} has no validation {noun}: set data.val to evaluate it")
     tokenizer = load(str(run.checkpoint), device=device)
-    if not isinstance(tokenizer, ImageTokenizer):
-        raise CheckpointError(f"{run.checkpoint} holds no image tokenizer")
-
-    def batches() -> Any:
-        return validation_batches(run.config.data, batch_size)
-
-    keeper = ExampleKeeper(EXAMPLE_COUNT)
-    results = evaluate_images(
-        tokenizer, batches(), metrics, label="trained (EMA weights)", data=data_protocol(run.config.data),
-        allow_missing=True, together=False, observe=keeper,
-    )
-    results["latents"], colours = latent_statistics(tokenizer, batches(), together=False)
+    metrics = METRICS[run.kind] if metrics is None else metrics
+    if isinstance(tokenizer, ImageTokenizer):
+        results = _measure_images(run, tokenizer, metrics, batch_size)
+    elif isinstance(tokenizer, SpeechTokenizer):
+        results = _measure_clips(run, tokenizer, metrics, batch_size)
+    else:
+        raise CheckpointError(f"{run.checkpoint} holds neither an image nor a speech tokenizer")
     results["run"] = {
         "system": run.config.system, "name": run.config.name, "step": run.step, "total": run.total, "status": run.status,
         "checkpoint": run.checkpoint.relative_to(run.path).as_posix(), "stages": [list(b) for b in run.boundaries],
+        "metrics": list(metrics),
     }
     results["teachers"] = teacher_provenance(run)
-    originals, reconstructions = torch.stack(keeper.originals), torch.stack(keeper.reconstructions)
-    results["examples"] = _write_examples(run.path, tokenizer, keeper, originals, reconstructions, colours, results)
-    save_grid(originals, reconstructions, run.path / GRID)
     write_json(results, run.path / RESULTS)
     return results
+
+
+def _measure_images(run: RunFolder, tokenizer: ImageTokenizer, metrics: Sequence[str], batch_size: int) -> dict[str, Any]:
+    """The results with examples and grid. Latents are painted in the examples' own principal colours."""
+    keeper = ExampleKeeper(EXAMPLE_COUNT)
+    results = evaluate_images(
+        tokenizer, validation_batches(run.config.data, batch_size), metrics, label=MODEL_LABEL,
+        data=data_protocol(run.config.data), allow_missing=True, together=False, latents=True, observe=keeper,
+    )
+    originals, reconstructions = torch.stack(keeper.originals), torch.stack(keeper.reconstructions)
+    pictures = {"original": to_pixels(originals), "reconstruction": to_pixels(reconstructions)}
+    _, colours = latent_statistics(tokenizer, [ImageBatch(originals, keeper.keys)], together=False)
+    if colours is not None:
+        with torch.inference_mode():
+            latents = tokenizer.encode(originals.to(tokenizer.device)).latents
+        assert latents is not None      # there are colours only for continuous latents
+        pictures["latent"] = colours.paint(latents)
+    results["examples"] = [{"key": key, "values": values_of(results, key, "per_image")} for key in keeper.keys]
+    (run.path / EXAMPLES).mkdir(exist_ok=True)
+    for i, entry in enumerate(results["examples"]):
+        for kind, images in pictures.items():
+            entry[kind] = f"{EXAMPLES}/{i:02d}_{kind}.png"
+            Image.fromarray(images[i]).save(run.path / entry[kind], optimize=True)
+    save_grid(originals, reconstructions, run.path / GRID)
+    return results
+
+
+def _measure_clips(run: RunFolder, tokenizer: SpeechTokenizer, metrics: Sequence[str], batch_size: int) -> dict[str, Any]:
+    """The results with sound files and spectrograms of a few clips."""
+    from .sounds import ClipKeeper, write_sounds
+    from .speech import data_protocol, evaluate_speech
+
+    keeper = ClipKeeper(CLIP_COUNT)
+    results = evaluate_speech(
+        tokenizer, validation_batches(run.config.data, batch_size), metrics, label=MODEL_LABEL,
+        data=data_protocol(run.config.data), allow_missing=True, together=False, observe=keeper,
+    )
+    results["examples"] = write_sounds(run.path, tokenizer, keeper.kept, EXAMPLES)
+    for entry in results["examples"]:
+        entry["values"] = values_of(results, entry["key"], "per_clip")
+    return results
+
+
+def values_of(results: dict[str, Any], key: str, per_item: str) -> dict[str, float]:
+    """The model's value of each metric for one item, where it has one."""
+    place = results["keys"].index(key)
+    values = {name: metric[per_item][place] for name, metric in results["rows"][0]["metrics"].items() if metric.get(per_item)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def teacher_provenance(run: RunFolder) -> dict[str, str]:
@@ -150,28 +205,3 @@ def teacher_provenance(run: RunFolder) -> dict[str, str]:
         return dict(objective.provenance())
     except WeightsMissing as error:
         return {"unknown": f"not recorded, and not here now: {error}"}
-
-
-def _write_examples(
-    folder: Path, tokenizer: ImageTokenizer, keeper: ExampleKeeper, originals: Tensor, reconstructions: Tensor,
-    colours: LatentColours | None, results: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """PNG files of each example; returns their names and values."""
-    (folder / EXAMPLES).mkdir(exist_ok=True)
-    pictures = {"original": to_pixels(originals), "reconstruction": to_pixels(reconstructions)}
-    if colours is not None:
-        with torch.inference_mode():
-            latents = tokenizer.encode(originals.to(tokenizer.device)).latents
-        assert latents is not None      # there are colours only for continuous latents
-        pictures["latent"] = colours.paint(latents)
-    row = results["rows"][0]["metrics"]
-    examples = []
-    for i, key in enumerate(keeper.keys):
-        place = results["keys"].index(key)
-        entry: dict[str, Any] = {"key": key, "values": {m: v["per_image"][place] for m, v in row.items() if "per_image" in v}}
-        for kind, images in pictures.items():
-            name = f"{EXAMPLES}/{i:02d}_{kind}.png"
-            Image.fromarray(images[i]).save(folder / name, optimize=True)
-            entry[kind] = name
-        examples.append(entry)
-    return examples

@@ -1,5 +1,6 @@
 """What a person wants to see when training ends."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +10,36 @@ from rich.table import Table
 
 from .images import UNTRAINED_LABEL
 from .report import REPORT, write_report
-from .runs import GRID, METRICS_FILE, RESULTS, evaluate_run, open_run
+from .runs import EXAMPLES, GRID, METRICS_FILE, NOUNS, RESULTS, RunFolder, evaluate_run, open_run
 
 
-def finish_run(run_folder: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Evaluate a run's newest checkpoint and write results.json, grid.png and report.html beside it.
+def finish_run(
+    run_folder: str | Path, device: torch.device | str = "cpu", metrics: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Evaluate a run's newest checkpoint and write results.json, grid.png or examples/*.wav, and report.html beside it.
 
     Works for an interrupted run too: the summary then says `step k of n`. Returns the results with `paths` added.
-    Raises CheckpointError without a finished checkpoint, DataError without validation images.
+    metrics: none: those of `runs.METRICS`. Raises CheckpointError without a finished checkpoint, DataError without
+    validation data.
     """
     run = open_run(run_folder)
-    results = evaluate_run(run, device=device)
+    results = evaluate_run(run, metrics, device)
     write_report(run.path)
-    assert run.checkpoint is not None      # evaluate_run has raised otherwise
-    paths = {
-        "grid": run.path / GRID, "metrics": run.path / METRICS_FILE, "results": run.path / RESULTS,
-        "checkpoint": run.checkpoint, "report": run.path / REPORT,
-    }
-    return {**results, "paths": {name: str(path) for name, path in paths.items()}}
+    return {**results, "paths": {name: str(path) for name, path in result_paths(run).items()}}
+
+
+def result_paths(run: RunFolder) -> dict[str, Path]:
+    """What a finished run leaves for a person, by name."""
+    seen = {"image": {"grid": run.path / GRID}, "speech": {"sounds": run.path / EXAMPLES}}[run.kind]
+    checkpoint = {} if run.checkpoint is None else {"checkpoint": run.checkpoint}
+    return {**seen, "metrics": run.path / METRICS_FILE, "results": run.path / RESULTS, **checkpoint, "report": run.path / REPORT}
 
 
 def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
-    """A table of the trained model beside the untrained network and the patches' mean colours, what is missing, and the paths."""
+    """A table of the trained model beside the untrained network and the trivial baseline, what is missing, and the paths."""
     console = console or Console()
-    run = summary["run"]
-    table = Table(title=f"{run['system']}-{run['name']}: {run['status']}, {summary['n']} held-out images", title_justify="left")
+    run, noun = summary["run"], NOUNS[summary["kind"].split()[0]]
+    table = Table(title=f"{run['system']}-{run['name']}: {run['status']}, {summary['n']} held-out {noun}", title_justify="left")
     table.add_column("")
     names = list(summary["rows"][0]["metrics"])
     titles = {name: summary["rows"][0]["metrics"][name]["title"] for name in names}
@@ -41,7 +47,7 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
         unit = summary["rows"][0]["metrics"][name].get("unit")
         table.add_column(f"{titles[name]}, {unit}" if unit else titles[name], justify="right")
     for row in summary["rows"]:
-        table.add_row(row["label"], *(format_value(row["metrics"][name], interval=False) for name in names))
+        table.add_row(row["label"], *(format_value(row["metrics"].get(name), interval=False) for name in names))
     table.add_section()
     for label in dict.fromkeys(m["over"] for m in summary["margins"]):
         margins = {m["metric"]: m["value"] for m in summary["margins"] if m["over"] == label}
@@ -57,11 +63,13 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
         console.print(f"{name:>10}  {path}", markup=False, soft_wrap=True, highlight=False)
 
 
-def format_value(result: dict[str, Any], interval: bool = True) -> str:
-    """A metric's value without its unit and, if asked, its 95 % interval; or that it is missing."""
+def format_value(result: dict[str, Any] | None, interval: bool = True) -> str:
+    """A metric's value without its unit and, if asked, its 95 % interval; or that it is missing, or none of this row."""
+    if result is None:
+        return "–"
     if result["value"] is None:
         return "not here"
-    digits = 2 if result["unit"] == "dB" else 4
+    digits = 2 if result["unit"] == "dB" else 4 if abs(result["value"]) < 100 else 1
     bounds = result["uncertainty"] if interval else None
     text = f"{result['value']:.{digits}f}"
     return text if bounds is None else f"{text} [{bounds['low']:.{digits}f}, {bounds['high']:.{digits}f}]"

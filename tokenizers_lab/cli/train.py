@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tokenizers_lab.settings import RunConfig
 
 help = "train a tokenizer from a recipe or a config file"
-description = """Train a tokenizer, then evaluate it on the held-out images.
+description = """Train a tokenizer, then evaluate it on the held-out images or clips.
 CONFIG is a YAML file or the name of a recipe (toklab list); key=value changes an option (toklab config CONFIG shows all).
 On several GPUs: accelerate launch -m tokenizers_lab train CONFIG, or torchrun -m tokenizers_lab train CONFIG."""
 example = "toklab train rectok/tiny train.batch_size=16 name=mine"
@@ -80,9 +80,9 @@ def again(args: argparse.Namespace) -> str:
 
 
 def summarise(cfg: "RunConfig", folder: Path) -> None:
-    """Evaluate on the held-out images and print the table and the paths; without held-out images, where the weights are."""
+    """Evaluate on the held-out data and print the table and the paths; without held-out data, where the weights are."""
     if not cfg.data.val:
-        say(f"trained weights: {folder} (data.val names no held-out images, so nothing was measured)")
+        say(f"trained weights: {folder} (data.val names no held-out data, so nothing was measured)")
         return
     import torch
 
@@ -93,14 +93,12 @@ def summarise(cfg: "RunConfig", folder: Path) -> None:
 
 def show_results(folder: Path) -> bool:
     """Print the results that an earlier session left, if they are of the newest checkpoint."""
-    from tokenizers_lab.eval.report import REPORT
-    from tokenizers_lab.eval.runs import GRID, METRICS_FILE, RESULTS, open_run, read_results
-    from tokenizers_lab.eval.summary import print_summary
+    from tokenizers_lab.eval.runs import open_run, read_results
+    from tokenizers_lab.eval.summary import print_summary, result_paths
 
     opened = open_run(folder)
-    results = read_results(opened)
-    names = {"grid": GRID, "metrics": METRICS_FILE, "results": RESULTS, "report": REPORT}
-    if results is None or not all((folder / name).exists() for name in names.values()):
+    results, paths = read_results(opened), result_paths(opened)
+    if results is None or not all(path.exists() for path in paths.values()):
         return False
-    print_summary({**results, "paths": {k: str(folder / v) for k, v in names.items()} | {"checkpoint": str(opened.checkpoint)}})
+    print_summary({**results, "paths": {name: str(path) for name, path in paths.items()}})
     return True
