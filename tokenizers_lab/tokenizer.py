@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -263,6 +263,18 @@ def check_lengths(lengths: Tensor | None, items: int, longest: int, unit: str) -
         raise InputError(f"lengths must be integers ({items},), not {lengths.dtype} {tuple(lengths.shape)}")
     if not lengths.is_meta and (int(lengths.min()) < 1 or int(lengths.max()) > longest):
         raise InputError(f"lengths must be 1 to {longest} {unit}, not {int(lengths.min())} to {int(lengths.max())}")
+
+
+def equal_lengths(lengths: Tensor | None, longest: int, items: int) -> Iterator[tuple[Tensor | slice, int]]:
+    """(which items, their length) for each different length of a padded batch, for networks in which nothing is local.
+
+    Everything at once without lengths.
+    """
+    if lengths is None:
+        yield slice(None), longest
+        return
+    for length in lengths.unique().tolist():
+        yield (lengths == length).nonzero().flatten(), length
 
 
 def write_tokenizer_files(

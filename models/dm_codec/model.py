@@ -1,6 +1,5 @@
 """The DM-Codec tokenizer (arXiv 2410.15017): SEANet encoder, residual VQ, SEANet decoder."""
 
-from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from tokenizers_lab.nn.seanet import SEANetDecoder, SEANetEncoder
 from tokenizers_lab.nn.streams import InTurn, Pointwise, Stream
 from tokenizers_lab.quantizers.residual import ResidualVQ
-from tokenizers_lab.tokenizer import CONTEXT_SECONDS, SpeechEncoding, SpeechTokenizer
+from tokenizers_lab.tokenizer import CONTEXT_SECONDS, SpeechEncoding, SpeechTokenizer, equal_lengths
 
 from .config import ModelConfig, check_model
 
@@ -60,7 +59,7 @@ class DMCodec(SpeechTokenizer):
         """The codes of `encode`, of audio in any range."""
         books = codebooks or self.codebooks
         codes = torch.zeros(audio.shape[0], books, self.frames(audio.shape[2]), dtype=torch.int64, device=audio.device)
-        for items, samples in groups(lengths, audio.shape[2], audio.shape[0]):
+        for items, samples in equal_lengths(lengths, audio.shape[2], audio.shape[0]):
             found = self.quantizer.encode(self.encoder(audio[items, :, :samples].to(self.dtype)), last=books)
             codes[items, :, : found.shape[2]] = found
         return codes
@@ -68,7 +67,7 @@ class DMCodec(SpeechTokenizer):
     def synthesise(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The audio of `decode`, not limited in range."""
         audio = torch.zeros(codes.shape[0], 1, codes.shape[2] * self.hop, device=codes.device)
-        for items, frames in groups(lengths, codes.shape[2], codes.shape[0]):
+        for items, frames in equal_lengths(lengths, codes.shape[2], codes.shape[0]):
             made = self.decoder(self.quantizer.decode(codes[items, :, :frames]))
             audio[items, :, : made.shape[2]] = made.float()
         return audio
@@ -90,12 +89,3 @@ class DMCodec(SpeechTokenizer):
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
         return next(self.parameters()).dtype
-
-
-def groups(lengths: Tensor | None, longest: int, items: int) -> Iterator[tuple[Tensor | slice, int]]:
-    """(which items, their length) for each different length; everything at once without lengths."""
-    if lengths is None:
-        yield slice(None), longest
-        return
-    for length in lengths.unique().tolist():
-        yield (lengths == length).nonzero().flatten(), length

@@ -53,10 +53,9 @@ class TransformersCodec(PreTrainedAudioTokenizerBase):
     main_input_name = "input_values"
 
     def __init__(self, tokenizer: SpeechTokenizer):
-        output_rate: Any = getattr(tokenizer, "output_rate", None)
-        if output_rate is not None and output_rate() != tokenizer.sample_rate:
+        if tokenizer.output_rate() != tokenizer.sample_rate:
             raise InputError(f"transformers' codecs have one sample rate; this {tokenizer.system} tokenizer takes audio at "
-                             f"{tokenizer.sample_rate} Hz and gives {output_rate()} Hz")
+                             f"{tokenizer.sample_rate} Hz and gives {tokenizer.output_rate()} Hz")
         super().__init__(CodecConfig(
             tokenizer.sample_rate, tokenizer.hop, tokenizer.codebooks, tokenizer.codebook_size, tokenizer.channels))
         self.tokenizer = tokenizer
