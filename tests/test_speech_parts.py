@@ -203,7 +203,7 @@ def test_the_teacher_hears_a_window_and_gives_gradient_to_the_audio():
 
 
 def test_teachers_that_cannot_be_are_refused():
-    with pytest.raises(ConfigError, match="known: transformers, random"):
+    with pytest.raises(ConfigError, match="known: transformers, asset, random"):
         build_speech_teacher(Described(backend="timm"))
     with pytest.raises(ConfigError, match="at most 30 s"):
         build_speech_teacher(Described(), seconds=31)

@@ -6,6 +6,7 @@ from typing import Any
 from tokenizers_lab.errors import ConfigError
 
 TERMS = ("waveform", "mel", "commitment", "distillation", "gan", "feature_matching")
+BACKENDS = ("transformers", "asset", "none")
 CHOICES = {"guidance": ("lm", "sm", "combined"), "axis": ("d", "t"), "lock": ("none", "lm", "sm")}
 
 
@@ -58,10 +59,14 @@ class DiscriminatorConfig:
 
 @dataclass
 class TeacherConfig:
-    """A frozen network whose features the first codebook follows."""
+    """A frozen network whose features the first codebook follows, or the recognizer.
 
-    backend: str = "transformers"     # transformers; none: features come with the batch
-    source: str = ""                  # hub id or local folder
+    Assets that stand in offline: whisper-tiny.en and whisper-base for the speech teacher (384 and 512 wide) and the recognizer,
+    minilm-l6 and mpnet-base for the language teacher (384 and 768 wide).
+    """
+
+    backend: str = "transformers"     # transformers; asset (of `toklab assets`); none: features or texts come with the batch
+    source: str = ""                  # hub id, local folder, or the asset's name
     layer: int = -1                   # which hidden state (0: the first layer's input); -1: the mean of all
 
 
@@ -104,11 +109,20 @@ def check_model(cfg: ModelConfig, where: str = "model") -> None:
         raise ConfigError(f"{where}: 0 ≤ decay < 1 and dead_threshold ≥ 0 must hold, not {cfg.decay}, {cfg.dead_threshold}")
 
 
+def check_teachers(cfg: ObjectiveConfig, where: str) -> None:
+    """Raise ConfigError on an unknown backend of a teacher or of the recognizer."""
+    for name in ("speech_teacher", "language_teacher", "recognizer"):
+        backend = getattr(cfg, name).backend
+        if backend not in BACKENDS:
+            raise ConfigError(f"{where}.{name}.backend must be one of {', '.join(BACKENDS)}; not '{backend}'")
+
+
 def check_objective(cfg: ObjectiveConfig, model: ModelConfig, where: str = "objective") -> None:
     """Raise ConfigError on an unknown choice or an impossible combination."""
     for name, known in CHOICES.items():
         if getattr(cfg, name) not in known:
             raise ConfigError(f"{where}.{name} must be one of {', '.join(known)}; not '{getattr(cfg, name)}'")
+    check_teachers(cfg, where)
     if not 0 <= cfg.layer < model.codebooks:
         raise ConfigError(f"{where}.layer must be 0 to {model.codebooks - 1}, not {cfg.layer}")
     if cfg.lock != "none" and cfg.guidance != "combined":

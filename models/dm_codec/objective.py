@@ -67,9 +67,16 @@ class DMCodecObjective(Objective):
 
     def build_frozen(self) -> None:
         """Load the teachers that the guidance needs and that do not come with the data."""
-        from tokenizers_lab.teachers.language import build_language_teacher
-        from tokenizers_lab.teachers.ssl import build_recognizer, build_ssl_teacher
+        from tokenizers_lab.teachers.asr import build_asr
+        from tokenizers_lab.teachers.language import LANGUAGE_ASSETS, build_language_teacher
+        from tokenizers_lab.teachers.ssl import build_ssl_teacher
+        from tokenizers_lab.teachers.whisper import WHISPER_ASSETS
 
+        known = {"speech_teacher": WHISPER_ASSETS, "language_teacher": LANGUAGE_ASSETS, "recognizer": WHISPER_ASSETS}
+        for name, assets in known.items():
+            teacher = getattr(self.cfg, name)
+            if teacher.backend == "asset" and teacher.source not in assets:
+                raise ConfigError(f"objective.{name}.source must be one of {', '.join(assets)}, not '{teacher.source}'")
         for name, teacher in (("sm", self.cfg.speech_teacher), ("lm", self.cfg.language_teacher)):
             if name in self.guides() and teacher.backend != "none":
                 build = build_ssl_teacher if name == "sm" else build_language_teacher
@@ -78,7 +85,10 @@ class DMCodecObjective(Objective):
                 if width != self.cfg.teacher_width:
                     raise ConfigError(f"{teacher.source} is {width} wide: set objective.teacher_width={width}")
         if "teacher_lm" in self.frozen and self.cfg.recognizer.backend != "none":
-            self.frozen["recognizer"] = build_recognizer(self.cfg.recognizer.source)
+            recognizer = build_asr(self.cfg.recognizer.source)
+            if self.cfg.recognizer.backend == "asset":
+                recognizer.provenance += "; stands in for wav2vec 2.0"
+            self.frozen["recognizer"] = recognizer
 
     def provenance(self) -> dict[str, str]:
         """Where teachers and recognizer come from."""

@@ -62,8 +62,8 @@ class ModelConfig:
 class TeacherConfig:
     """The frozen Whisper encoder that hears original and resynthesis."""
 
-    backend: str = "transformers"     # transformers (hub id or folder), random (transformers config, seeded)
-    source: str = "openai/whisper-large-v3"                # hub id or local path
+    backend: str = "transformers"     # transformers (hub id or folder), asset, random (transformers config, seeded)
+    source: str = "openai/whisper-large-v3"                # hub id, local path, or an asset: whisper-tiny.en, whisper-base
     config: dict[str, str] = field(default_factory=dict)   # backend random: the network's config
 
 

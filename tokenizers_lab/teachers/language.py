@@ -11,6 +11,8 @@ from tokenizers_lab.errors import ConfigError
 from .hidden import AVERAGE, pick_layer
 from .networks import local_folder, missing_teacher
 
+LANGUAGE_ASSETS = ("mpnet-base", "minilm-l6")
+
 
 class LanguageTeacher(nn.Module):
     """Features of transcripts, stretched by padding to a number of frames. `width`: their channels.
@@ -51,12 +53,22 @@ class LanguageTeacher(nn.Module):
 
 
 def build_language_teacher(source: str, layer: int = AVERAGE) -> LanguageTeacher:
-    """A teacher by hub id or local folder. Raises WeightsMissing if it is not here and cannot be fetched."""
+    """A teacher by hub id or local folder, or mpnet-base or minilm-l6 of the assets table, which stand in for BERT.
+
+    Raises WeightsMissing if it is not here and cannot be fetched.
+    """
     from transformers import AutoModel, AutoTokenizer
 
-    folder = local_folder(source)
+    from tokenizers_lab.assets import find
+
+    provenance = f"{source} (transformers)"
+    if source in LANGUAGE_ASSETS:
+        found = find(source)
+        folder, provenance = found.path, f"{source}, {found.source}; stands in for BERT"
+    else:
+        folder = local_folder(source)
     try:
         network, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise missing_teacher(source, error) from error
-    return LanguageTeacher(network, tokenizer, layer, f"{source} (transformers)")
+    return LanguageTeacher(network, tokenizer, layer, provenance)

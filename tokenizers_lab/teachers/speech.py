@@ -10,9 +10,11 @@ from tokenizers_lab.errors import CheckpointError, ConfigError, InputError
 from tokenizers_lab.nn.mel import WHISPER_HOP, WHISPER_RATE, whisper_log_mel
 
 from .networks import RANDOM_SEED, _literal, local_folder, missing_teacher
+from .whisper import hear, whisper_from_asset
 
 FULL_WINDOW = 30.0             # seconds that Whisper was trained on
 TOKEN_SAMPLES = 2 * WHISPER_HOP
+PUBLISHED = "openai/whisper-large-v3"     # LM-SPT's teacher
 
 
 class WhisperTeacher(nn.Module):
@@ -32,9 +34,7 @@ class WhisperTeacher(nn.Module):
         own = network.embed_positions.num_embeddings
         if not 1 <= self.tokens <= own:
             raise ConfigError(f"a Whisper teacher's window must be above 0 and at most {own / 50:g} s, not {seconds:g}")
-        if self.tokens < own:
-            network.embed_positions = nn.Embedding.from_pretrained(network.embed_positions.weight[: self.tokens].clone())
-            network.config.max_source_positions = network.max_source_positions = self.tokens
+        hear(network, network.embed_positions.weight, self.tokens)
         self.network = network.requires_grad_(False).eval()
         self.width, self.bands = int(network.config.d_model), int(network.config.num_mel_bins)
         self.provenance = provenance
@@ -62,14 +62,18 @@ class WhisperTeacher(nn.Module):
 def build_speech_teacher(cfg: Any, seconds: float = FULL_WINDOW) -> WhisperTeacher:
     """The teacher of a config with the fields `backend`, `source`, `config`.
 
-    backend: `transformers` (hub id or folder of a Whisper), `random` (`config` is a transformers config; seeded weights, as
-    `provenance` says). Raises WeightsMissing if the weights are not here and cannot be fetched, ConfigError on another choice.
+    backend: `transformers` (hub id or folder of a Whisper), `asset` (whisper-tiny.en or whisper-base of `toklab assets`),
+    `random` (`config` is a transformers config; seeded weights, as `provenance` says). Raises WeightsMissing if the weights are
+    not here and cannot be fetched, ConfigError on another choice.
     """
     if cfg.backend == "transformers":
         return WhisperTeacher(from_transformers(cfg.source), seconds, f"{cfg.source} (transformers)")
+    if cfg.backend == "asset":
+        whisper = whisper_from_asset(cfg.source)
+        return WhisperTeacher(whisper.network.get_encoder(), seconds, f"{whisper.provenance}; stands in for {PUBLISHED}")
     if cfg.backend == "random":
         return WhisperTeacher(from_random(dict(cfg.config or {})), seconds, f"random weights (seed {RANDOM_SEED})")
-    raise ConfigError(f"there is no speech teacher backend '{cfg.backend}'; known: transformers, random")
+    raise ConfigError(f"there is no speech teacher backend '{cfg.backend}'; known: transformers, asset, random")
 
 
 def from_transformers(source: str) -> nn.Module:

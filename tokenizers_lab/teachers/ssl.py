@@ -1,4 +1,4 @@
-"""Frozen self-supervised speech networks (HuBERT, WavLM, wav2vec 2.0) and recognizers built on them (CTC)."""
+"""Frozen self-supervised speech networks (HuBERT, WavLM, wav2vec 2.0), Whisper's encoder in their place, CTC recognizers."""
 
 from typing import Any
 
@@ -6,11 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_lab.errors import ConfigError
+from tokenizers_lab.nn.mel import whisper_log_mel
 
 from .hidden import AVERAGE, pick_layer
 from .networks import local_folder, missing_teacher
+from .speech import from_transformers as whisper_encoder
+from .whisper import WHISPER_ASSETS, hear, whisper_from_asset
 
 SAMPLE_RATE = 16_000
+HOP = 320                 # samples of a frame: 50 frames a second
 
 
 def normalise_clips(audio: Tensor, eps: float) -> Tensor:
@@ -54,6 +58,37 @@ class SSLTeacher(nn.Module):
         return pick_layer(self.hidden_states(audio), self.layer)
 
 
+class WhisperSSLTeacher(SSLTeacher):
+    """Whisper's encoder as a teacher of speech features, 50 frames a second: one for each hop of 320 samples.
+
+    The encoder sees the clip's own frames, and not 30 s of padding: a segment of 3 s costs a tenth. Its last hidden state is
+    the one after the final layer norm. Longer clips than its window are heard window by window.
+    """
+
+    positions: Tensor                 # (window's frames, D), all position embeddings of the encoder
+
+    def __init__(self, network: Any, layer: int = AVERAGE, provenance: str = "network given by the caller"):
+        """network: transformers' WhisperEncoder; it is changed at each call."""
+        super().__init__(network, layer, provenance)
+        self.register_buffer("positions", network.embed_positions.weight.detach().clone(), persistent=False)
+
+    def input_values(self, audio: Tensor) -> Tensor:
+        """Log-mels (B, bands, 2 · frames) of audio (B, T), padded with zeros to whole frames."""
+        frames = -(-audio.shape[-1] // HOP)
+        return whisper_log_mel(audio, int(self.network.config.num_mel_bins), frames * HOP)
+
+    @torch.no_grad()
+    def hidden_states(self, audio: Tensor) -> Tensor:
+        """(layers + 1, B, frames, D) of audio (B, T): the input of the first layer, then each layer's output."""
+        heard = []
+        for window in audio.split(len(self.positions) * HOP, dim=-1):
+            values = self.input_values(window)
+            hear(self.network, self.positions, values.shape[-1] // 2)
+            result = self.network(values, output_hidden_states=True)
+            heard.append(torch.stack([*result.hidden_states[:-1], result.last_hidden_state]))
+        return torch.cat(heard, dim=2)
+
+
 class CTCRecognizer(nn.Module):
     """Transcripts of 16 kHz audio by a CTC network and its tokenizer."""
 
@@ -85,11 +120,19 @@ class CTCRecognizer(nn.Module):
 
 
 def build_ssl_teacher(source: str, layer: int = AVERAGE) -> SSLTeacher:
-    """A teacher by hub id or local folder. Raises WeightsMissing if it is not here and cannot be fetched."""
-    from transformers import AutoModel
+    """A teacher by hub id or local folder, or whisper-tiny.en or whisper-base of the assets table, which stand in for HuBERT.
 
+    Raises WeightsMissing if it is not here and cannot be fetched.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    if source in WHISPER_ASSETS:
+        whisper = whisper_from_asset(source)
+        return WhisperSSLTeacher(whisper.network.get_encoder(), layer, f"{whisper.provenance}; stands in for HuBERT")
     folder = local_folder(source)
     try:
+        if AutoConfig.from_pretrained(folder).model_type == "whisper":
+            return WhisperSSLTeacher(whisper_encoder(source), layer, f"{source} (transformers)")
         network = AutoModel.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise missing_teacher(source, error) from error
