@@ -19,7 +19,8 @@ from torch import nn
 import tokenizers_lab
 
 PACKAGES = ("torch", "torchvision", "torchmetrics", "timm", "transformers", "diffusers", "accelerate", "lpips", "torch-fidelity",
-            "numpy", "scipy", "pillow", "safetensors")
+            "numpy", "scipy", "pillow", "safetensors", "torchaudio", "soundfile", "pesq", "pystoi", "onnxruntime", "distillmos",
+            "visqol-python")
 
 
 def package_versions() -> dict[str, str]:
@@ -52,11 +53,10 @@ def git_commit(folder: Path | None = None) -> str | None:
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Machine, interpreter, package versions and commit, as JSON data. No host, user or path."""
-    accelerator = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "processor": accelerator or _processor(),
+        "processor": processor_name(device),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "packages": package_versions(),
@@ -64,8 +64,10 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
-    """Name of the CPU where the system tells it."""
+def processor_name(device: torch.device | str = "cpu") -> str:
+    """Name of the GPU, or of the CPU where the system tells it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
     if sys.platform == "linux":
         try:
             for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,14 +15,16 @@ from tokenizers_lab.errors import DataError, InputError
 from tokenizers_lab.settings import SpeechDataConfig
 from tokenizers_lab.tokenizer import SpeechTokenizer
 
+from .bitrate import SPEED_SECONDS, CodeTally, code_statistics, measure_speed
 from .bootstrap import mean_summary
 from .deterministic import exact_convolutions, map_in_order
-from .gather import all_processes, check_names, in_step
+from .gather import all_processes, check_names, in_step, on_first
 from .provenance import environment, samples_sha256, text_sha256
-from .speech_candidates import Clip, Rebuilt, SpeechCandidate, all_candidates
+from .speech_candidates import Clip, Rebuilt, SpeechCandidate, all_candidates, network_input, samples_at
 from .speech_metrics import SPEECH_METRICS, BuiltMetric, MetricOptions, build_metrics, expand_names
 
 CHANNELS = ("mixed", "each")
+CODE_METRICS, SPEED_METRIC = ("usage", "bitrate"), "rtf"
 Observe = Callable[[SpeechCandidate, Clip, Rebuilt], None]
 Cell = dict[str, Any] | None      # a clip's value: {"value": number or None, …}; None: the row has no such metric
 
@@ -75,8 +78,9 @@ def evaluate_speech(
     batches: SpeechBatch at `sample_rate` (Hz; none: the model's); under torch.distributed each process passes its own share and
         gets the whole result (unless not `together`). The network and every metric see one clip at a time, without padding:
         batch sizes, shares and threads do not change a value.
-    metrics: names of `speech_metrics.SPEECH_METRICS`. With `allow_missing`, one whose weights or package are not here becomes a
-        row that says why. options: the networks that they use; none: the defaults.
+    metrics: names of `speech_metrics.SPEECH_METRICS`; usage and bitrate, which both give `codes` (`code_statistics`); rtf, which
+        gives `speed` (`measure_speed`; like `environment` another one in every run). With `allow_missing`, one whose weights or
+        package are not here becomes a row that says why. options: the networks that they use.
     baselines: also measure the same network with random weights, the clip's mean mel held still (its `mel` alone) and, where
         a metric needs no original, the originals.
     channels: of clips with several: measure their mean (mixed) or `each` and average. data: the protocol of the clips
@@ -90,39 +94,79 @@ def evaluate_speech(
     """
     if channels not in CHANNELS:
         raise InputError(f"channels must be one of {', '.join(CHANNELS)}, not '{channels}'")
-    names = expand_names(metrics)
-    rate = sample_rate or getattr(model, "sample_rate", None)
-    if rate is None:
-        raise InputError("a candidate needs to be told the sample rate of the clips (sample_rate)")
+    plan = plan_metrics(metrics)
+    tokenizer = None if isinstance(model, SpeechCandidate) else model
+    rate = sample_rate or (0 if tokenizer is None else tokenizer.sample_rate)
+    if tokenizer is None and (plan.codes or plan.speed or not rate):
+        raise InputError("a candidate has no usage, bitrate or rtf, and must be told its clips' sample rate (sample_rate)")
+    tally, start = CodeTally(), list[Tensor]()
+
+    def watch(candidate: SpeechCandidate, clip: Clip, made: Rebuilt) -> None:
+        if tokenizer is not None and candidate.role == "model":
+            if plan.codes and made.codes is not None:
+                tally.add(made.codes, tokenizer.codebook_sizes, samples_at(clip, tokenizer.sample_rate))
+            if plan.speed and sum(audio.shape[1] for audio in start) < SPEED_SECONDS * tokenizer.sample_rate:
+                start.append(network_input(clip, tokenizer))
+        if observe is not None:
+            observe(candidate, clip, made)
 
     def share() -> tuple[list[SpeechCandidate], list[BuiltMetric], dict[str, str], Measured]:
-        built, missing = build_metrics(names, allow_missing, options)
+        built, missing = build_metrics(plan.clips, allow_missing, options)
         absolute = any(metric.spec.needs != "pair" for metric in built)
         candidates = all_candidates(model, label, baselines, seed, absolute)
-        records = measure(candidates, built, clips_of(batches, rate), channels, observe)
+        records = measure(candidates, built, clips_of(batches, rate), channels, watch)
         return candidates, built, missing, Measured(records, list(skipped))
 
     candidates, built, missing, mine = in_step(share, together)
     found = _gather(mine, together)
-    rows = [_row(candidate, i, built, missing, found.records, seed) for i, candidate in enumerate(candidates)]
-    return {
+    result: dict[str, Any] = {
         "kind": "speech reconstruction",
         "n": len(found.records),
         "keys": [record.key for record in found.records],
         "clips": [record.about for record in found.records],
         "skipped": found.skipped,
-        "rows": rows,
+        "rows": [_row(candidate, i, built, missing, found.records, seed) for i, candidate in enumerate(candidates)],
         "margins": _margins(candidates, built, found.records, seed),
         "protocol": {
-            **(data or {"source": "given batches"}),
-            "audio_sha256": text_sha256([record.digest for record in found.records]),
-            "sample_rate": rate, "seconds_total": math.fsum(record.about["seconds"] for record in found.records),
-            "metric_rates": {metric.spec.name: metric.spec.sample_rate or rate for metric in built},
-            "channels": channels, "range": "[-1, 1], clamped", "forward_batch": 1,
-            "dtype": candidates[0].description.get("dtype"),
-            "intervals": "over clips, as if independent; clips of one speaker are not", "seed": seed,
+            **(data or {"source": "given batches"}), **_protocol(found.records, built, rate), "channels": channels,
+            "dtype": candidates[0].description.get("dtype"), "seed": seed,
         },
         "environment": environment(candidates[0].device),
+    }
+    if tokenizer is not None and plan.codes:
+        result["codes"] = code_statistics(reduce(CodeTally.merge, all_processes(tally, together)), tokenizer)
+    if tokenizer is not None and plan.speed:
+        result["speed"] = on_first(lambda: measure_speed(tokenizer, torch.cat(start, dim=1)[None]), together)
+    return result
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Metric names by what they are computed from."""
+
+    clips: tuple[str, ...]         # a clip and its reconstruction
+    codes: bool
+    speed: bool
+
+
+def plan_metrics(names: Sequence[str]) -> Plan:
+    """Sort metric names. Raises InputError for an unknown one."""
+    others = (*CODE_METRICS, SPEED_METRIC)
+    clips = [name for name in names if name not in others]
+    try:
+        return Plan(tuple(expand_names(clips)), any(name in names for name in CODE_METRICS), SPEED_METRIC in names)
+    except InputError as error:
+        raise InputError(f"{error}, {', '.join(others)}") from None
+
+
+def _protocol(records: list[Record], metrics: list[BuiltMetric], rate: int) -> dict[str, Any]:
+    """What was measured, in which form."""
+    return {
+        "audio_sha256": text_sha256([record.digest for record in records]),
+        "sample_rate": rate, "seconds_total": math.fsum(record.about["seconds"] for record in records),
+        "metric_rates": {metric.spec.name: metric.spec.sample_rate or rate for metric in metrics},
+        "range": "[-1, 1], clamped", "forward_batch": 1,
+        "intervals": "over clips, as if independent; clips of one speaker are not",
     }
 
 

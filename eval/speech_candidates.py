@@ -66,9 +66,8 @@ def model_candidate(tokenizer: SpeechTokenizer, label: str = "model", role: str 
     parameter = next(tokenizer.parameters())
 
     def reconstruct(clip: Clip) -> Rebuilt:
-        audio = resample(to_channels(clip.audio, tokenizer.channels, clip.key), clip.sample_rate, tokenizer.sample_rate)
-        audio = audio.clamp(-1, 1)      # a resampled peak may overshoot
-        encoding = tokenizer.encode(audio[None].to(parameter.device, parameter.dtype))
+        audio = network_input(clip, tokenizer)[None]
+        encoding = tokenizer.encode(audio.to(parameter.device, parameter.dtype))
         made = tokenizer.decode(encoding.code, encoding.lengths)[0].float()
         made = checked_audio(made, tokenizer.output_rate(), clip, label)
         return Rebuilt(made, tokenizer.output_rate(), None if encoding.codes is None else encoding.codes[0])
@@ -77,12 +76,23 @@ def model_candidate(tokenizer: SpeechTokenizer, label: str = "model", role: str 
     return SpeechCandidate(label, role, description, reconstruct, device=parameter.device)
 
 
+def network_input(clip: Clip, tokenizer: SpeechTokenizer) -> Tensor:
+    """The clip (channels, samples) as the tokenizer takes it: its channels, its rate. Raises DataError on unfit channels."""
+    audio = to_channels(clip.audio, tokenizer.channels, clip.key)
+    return resample(audio, clip.sample_rate, tokenizer.sample_rate).clamp(-1, 1)      # a resampled peak may overshoot
+
+
+def samples_at(clip: Clip, sample_rate: int) -> int:
+    """Samples of the clip at another rate."""
+    return resampled_length(clip.audio.shape[1], clip.sample_rate, sample_rate)
+
+
 def checked_audio(audio: Tensor, sample_rate: int, clip: Clip, label: str) -> Tensor:
     """A reconstruction (channels, samples) cut to the clip's length and clamped to [-1, 1].
 
     Raises InputError if it is shorter by more than 0.1 s, or not finite.
     """
-    wanted = resampled_length(clip.audio.shape[1], clip.sample_rate, sample_rate)
+    wanted = samples_at(clip, sample_rate)
     if audio.dim() != 2 or audio.shape[1] + TOLERANCE * sample_rate < wanted:
         raise InputError(f"{label} gave {tuple(audio.shape)} at {sample_rate} Hz for {clip.key}, which has {wanted} samples "
                          "there: a reconstruction is as long as its original")

@@ -70,8 +70,8 @@ def _mel(options: MetricOptions) -> Measure:
 
 def _sisdr(options: MetricOptions) -> Measure:
     def measure(original: Tensor, made: Tensor, about: dict[str, Any]) -> Value:
-        if silent(original):
-            return unmeasured("the original is silent")
+        if silent(original) or silent(made):
+            return unmeasured("the original or the reconstruction is silent")
         return min(float(si_sdr(made[None, None], original[None, None])[0]), SI_SDR_CAP)
 
     return measure

@@ -1,12 +1,12 @@
 """Batches of samples that can be reached by their number: a pure function of the step, whoever computes it and whenever."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch.utils.data import Dataset
 
 from tokenizers_lab.data.fetched import Fetched
 from tokenizers_lab.data.quarantine import Bad
-from tokenizers_lab.data.reading import Listing, Reader
+from tokenizers_lab.data.reading import Listing, Raw, Reader
 from tokenizers_lab.data.sampling import batch_positions, sample_index, substitute_index, view_numbers
 from tokenizers_lab.errors import DataError
 
@@ -42,21 +42,33 @@ class ListedBatches(Dataset):
 
 
 class ListedValidation(Dataset):
-    """Validation batches of a rank, in order: the samples of the numbers in `chosen`. The last batch may be short."""
+    """Validation batches of a rank, in order: the samples of the numbers in `chosen`. The last batch may be short.
 
-    def __init__(self, listing: Listing, reader: Reader, batch_size: int, chosen: Sequence[int]):
-        self.listing, self.reader, self.batch_size, self.chosen = listing, reader, batch_size, chosen
+    skip: an unreadable sample is left out of its batch and listed there, instead of ending the pass.
+    """
+
+    def __init__(self, listing: Listing, reader: Reader, batch_size: int, chosen: Sequence[int], skip: bool = False):
+        self.listing, self.reader, self.batch_size, self.chosen, self.skip = listing, reader, batch_size, chosen, skip
 
     def __len__(self) -> int:
         return -(-len(self.chosen) // self.batch_size)
 
     def __getitem__(self, number: int) -> Fetched:
-        views, keys = [], []
-        for index in self.chosen[number * self.batch_size : (number + 1) * self.batch_size]:
-            raw = self.listing.raw(index)
-            try:
-                views.append(self.reader.validation(raw))
-            except DataError as error:
-                return Fetched(error=str(error))
+        chosen = self.chosen[number * self.batch_size : (number + 1) * self.batch_size]
+        return validation_batch(self.reader, map(self.listing.raw, chosen), self.skip)
+
+
+def validation_batch(reader: Reader, raws: Iterable[Raw], skip: bool) -> Fetched:
+    """The held-out samples as a batch; with an unreadable one the error, or, with `skip`, the others and a list of those."""
+    views, keys, bad = [], [], list[Bad]()
+    for raw in raws:
+        try:
+            views.append(reader.validation(raw))
             keys.append(raw.key)
-        return self.reader.assemble(views, keys)
+        except DataError as error:
+            if not skip:
+                return Fetched(error=str(error))
+            bad.append(Bad(raw.key, str(error)))
+    batch = reader.assemble(views, keys) if views else Fetched()
+    batch.bad = bad
+    return batch

@@ -15,7 +15,7 @@ from tokenizers_lab.data.fetched import Fetched
 from tokenizers_lab.data.images import ImageReader
 from tokenizers_lab.data.listed import ListedBatches, ListedValidation
 from tokenizers_lab.data.processes import Fetcher
-from tokenizers_lab.data.quarantine import Quarantine
+from tokenizers_lab.data.quarantine import Bad, Quarantine
 from tokenizers_lab.data.reading import Reader
 from tokenizers_lab.data.sampling import spread
 from tokenizers_lab.data.shards import ShardBatches, ShardValidation, fingerprint
@@ -30,6 +30,7 @@ __all__ = ["Loader", "build_loader", "fit_image", "len_samples", "read_image", "
 logger = logging.getLogger(__name__)
 
 DataConfig = ImageDataConfig | SpeechDataConfig
+OnBad = Callable[[Bad], None]
 READERS: dict[type, Callable[[Any], Reader]] = {ImageDataConfig: ImageReader, SpeechDataConfig: SpeechReader}
 WORTH_WORKERS = 128      # validation samples below which starting processes costs more than it saves
 
@@ -123,15 +124,22 @@ def len_samples(cfg: DataConfig) -> int | None:
 
 
 @overload
-def validation_batches(cfg: ImageDataConfig, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[ImageBatch]: ...
+def validation_batches(
+    cfg: ImageDataConfig, batch_size: int, rank: int = 0, world: int = 1, on_bad: OnBad | None = None
+) -> Iterator[ImageBatch]: ...
 @overload
-def validation_batches(cfg: SpeechDataConfig, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[SpeechBatch]: ...
-def validation_batches(cfg: DataConfig, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Any]:
+def validation_batches(
+    cfg: SpeechDataConfig, batch_size: int, rank: int = 0, world: int = 1, on_bad: OnBad | None = None
+) -> Iterator[SpeechBatch]: ...
+def validation_batches(
+    cfg: DataConfig, batch_size: int, rank: int = 0, world: int = 1, on_bad: OnBad | None = None
+) -> Iterator[Any]:
     """The held-out samples in order, each exactly once over all ranks; the last batch may be short.
 
     Images are centre-cropped; clips are whole, or cut to val_seconds. Ranks may get different numbers of batches. With val_limit,
     a folder or manifest gives evenly spaced samples, shards their first ones.
-    Raises DataError if a sample is unreadable, ConfigError if there is no data.val.
+    on_bad: called with each unreadable sample, which is then left out, and may raise.
+    Raises DataError if a sample is unreadable and there is no `on_bad`, ConfigError if there is no data.val.
     """
     reader = checked_reader(cfg)
     if cfg.val is None:
@@ -140,10 +148,11 @@ def validation_batches(cfg: DataConfig, batch_size: int, rank: int = 0, world: i
     if not source.shards:
         listing = reader.listing(source)
         mine = spread(len(listing), cfg.val_limit)[rank::world]
-        dataset = ListedValidation(listing, reader, batch_size, mine)
+        dataset = ListedValidation(listing, reader, batch_size, mine, on_bad is not None)
         workers = min(cfg.workers, len(dataset)) if len(mine) >= WORTH_WORKERS else 0
-        return _validate(Fetcher(dataset, workers, range(len(dataset))))
-    return _validate(Fetcher(ShardValidation(source.shards, reader, cfg.val_limit, batch_size, rank, world), cfg.workers))
+        return _validate(Fetcher(dataset, workers, range(len(dataset))), on_bad)
+    shards = ShardValidation(source.shards, reader, cfg.val_limit, batch_size, rank, world, on_bad is not None)
+    return _validate(Fetcher(shards, cfg.workers), on_bad)
 
 
 def checked_reader(cfg: DataConfig) -> Reader:
@@ -160,12 +169,16 @@ def find_source(reader: Reader, source: str, split: str) -> Source:
     return resolve_source(source, split, reader.noun, reader.sample, reader.manifests)
 
 
-def _validate(fetcher: Fetcher) -> Iterator[Any]:
+def _validate(fetcher: Fetcher, on_bad: OnBad | None) -> Iterator[Any]:
     try:
         for fetched in fetcher:
             if fetched.error:
                 raise DataError(fetched.error)
-            yield fetched.batch()
+            if on_bad is not None:
+                for bad in fetched.bad:
+                    on_bad(bad)
+            if fetched.keys:
+                yield fetched.batch()
     finally:
         fetcher.close()
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tokenizers_lab.data.fetched import Fetched
+from tokenizers_lab.data.listed import validation_batch
 from tokenizers_lab.data.quarantine import Bad
 from tokenizers_lab.data.reading import Raw, Reader
 from tokenizers_lab.data.sampling import view_numbers
@@ -173,8 +174,12 @@ class ShardValidation(IterableDataset):
     The number of samples is not known beforehand: every worker reads all shards and decodes only its own samples.
     """
 
-    def __init__(self, urls: Sequence[str], reader: Reader, limit: int | None, batch_size: int, rank: int, world: int):
+    def __init__(
+        self, urls: Sequence[str], reader: Reader, limit: int | None, batch_size: int, rank: int, world: int, skip: bool = False
+    ):
+        """skip: see `ListedValidation`."""
         self.urls, self.reader, self.limit, self.batch_size, self.rank, self.world = urls, reader, limit, batch_size, rank, world
+        self.skip = skip
 
     def __iter__(self) -> Iterator[Fetched]:
         info = get_worker_info()
@@ -184,7 +189,7 @@ class ShardValidation(IterableDataset):
             number = 0
             while raw := list(islice(mine, self.batch_size)):
                 if number % workers == worker:   # DataLoader takes from its workers in turn
-                    yield self.reader.assemble([self.reader.validation(r) for r in raw], [r.key for r in raw])
+                    yield validation_batch(self.reader, raw, self.skip)
                 number += 1
         except DataError as error:
             yield Fetched(error=str(error))

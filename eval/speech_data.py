@@ -1,0 +1,93 @@
+"""Evaluation of a speech tokenizer on clips that a data config names, and its results clip by clip as a table."""
+
+import csv
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers_lab.data.batch import SpeechBatch
+from tokenizers_lab.data.loader import validation_batches
+from tokenizers_lab.data.quarantine import Bad
+from tokenizers_lab.errors import ConfigError, DataError
+from tokenizers_lab.settings import SpeechDataConfig
+from tokenizers_lab.tokenizer import SpeechTokenizer
+
+from .gather import processes
+from .speech import data_protocol, evaluate_speech
+
+Batches = Iterable[SpeechBatch]
+ABOUT = ("key", "speaker", "language", "text", "seconds")     # columns of a clip
+
+
+class Skips:
+    """Collects held-out samples that could not be read. Raises DataError at the one that is too many."""
+
+    def __init__(self, allowed: int):
+        if allowed < 0:
+            raise ConfigError(f"--allow-skips must be at least 0, not {allowed}")
+        self.allowed = allowed
+        self.reasons: list[str] = []
+
+    def __call__(self, bad: Bad) -> None:
+        """What `validation_batches` calls."""
+        self.reasons.append(bad.reason)
+        self.check(self.reasons)
+
+    def check(self, reasons: list[str]) -> None:
+        """Raise DataError if these are more than are allowed."""
+        if len(reasons) > self.allowed:
+            advice = f"{self.allowed} may be left out (--allow-skips)" if self.allowed else "--allow-skips N leaves out up to N"
+            raise DataError(f"{reasons[-1]}; {advice}")
+
+
+def evaluate_speech_data(
+    model: SpeechTokenizer,
+    data: SpeechDataConfig,
+    metrics: list[str],
+    *,
+    batch_size: int = 8,
+    allow_skips: int = 0,
+    progress: Callable[[Batches, str], Batches] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The result of `evaluate_speech` on the held-out clips of a data config.
+
+    Under torch.distributed each process reads its own share of the clips, every clip once, and gets the whole result.
+    allow_skips: so many clips may be unreadable; they are left out and listed in `skipped`. progress: wraps batches.
+    options: of `evaluate_speech`. Raises TokenizersLabError of every kind.
+    """
+    skips = Skips(allow_skips)
+    mine: Batches = validation_batches(data, batch_size, *processes(), on_bad=skips)
+    mine = mine if progress is None else progress(mine, "evaluating")
+    result = evaluate_speech(model, mine, metrics, data=data_protocol(data), skipped=skips.reasons,
+                             sample_rate=data.sample_rate, **options)
+    skips.check(result["skipped"])      # of all processes
+    return result
+
+
+def clip_table(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A result clip by clip: one dict for each clip and row that makes sound, with every metric's value and what it keeps
+    beside it (`wer.hypothesis`, `wer.insertions`, …); None where there is no value."""
+    lines = []
+    for row in result["rows"]:
+        measured = {name: metric for name, metric in row["metrics"].items() if "per_clip" in metric}
+        for i, about in enumerate(result["clips"]):
+            line = {**{name: about[name] for name in ABOUT}, "row": row["label"]}
+            for name, metric in measured.items():
+                line[name] = metric["per_clip"][i]
+                details = metric["details"][i] if "details" in metric else {}
+                line |= {f"{name}.{part}": value for part, value in details.items() if not isinstance(value, list | dict)}
+            lines.append(line)
+    return lines
+
+
+def write_clip_table(result: dict[str, Any], path: Path) -> Path:
+    """`clip_table` as CSV with a header line, UTF-8; what is not known is empty. Returns the path."""
+    lines = clip_table(result)
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    return path
