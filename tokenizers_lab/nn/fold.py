@@ -14,7 +14,11 @@ def fold_weight_norms(module: nn.Module) -> int:
     count = 0
     for layer in list(module.modules()):
         if parametrize.is_parametrized(layer):
-            for name in list(layer.parametrizations):      # type: ignore[arg-type]
-                parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
-                count += 1
+            # not torch's remove_parametrizations: it deletes the weight from the class, which copies of the module share
+            values = {name: getattr(layer, name).clone() for name in layer.parametrizations}      # type: ignore[union-attr]
+            del layer.parametrizations
+            layer.__class__ = type(layer).__bases__[0]
+            for name, value in values.items():
+                layer.register_parameter(name, nn.Parameter(value))
+            count += len(values)
     return count
