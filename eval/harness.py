@@ -22,6 +22,7 @@ from .features import FeatureExtractor, build_extractor
 from .gather import in_step, on_first, processes
 from .images import data_protocol, evaluate_images
 from .rfid import collect_features, evaluate_rfid, reference_statistics
+from .skips import Skips
 from .statistics import content_hash, read_statistics
 
 LATENTS = "latents"
@@ -119,6 +120,7 @@ def evaluate(
     batch_size: int = 16,
     device: torch.device | str = "cpu",
     allow_missing: bool = False,
+    allow_skips: int = 0,
     progress: Callable[[Batches, str], Batches] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -127,6 +129,7 @@ def evaluate(
     metrics: names of single images, of sets of images, and `latents`. features: inception, random, teacher, or a file.
     reference: of fid, sfid, kid, precision and recall instead of the originals (`load_reference`).
     Under torch.distributed each process reads its own share of the data, every image once, and gets the whole result.
+    allow_skips: so many images may be unreadable; they are left out and listed in `skipped`.
     progress: wraps batches. options: of `evaluate_images`. Raises TokenizersLabError of every kind.
     """
     plan = plan_metrics(metrics, reference is not None)
@@ -141,16 +144,20 @@ def evaluate(
             why = str(error)
     if extractor is not None:
         feature_metrics.check_metrics(plan.features, extractor)
-    mine: Batches = validation_batches(data, batch_size, *processes())
+    skips = Skips(allow_skips)
+    mine: Batches = validation_batches(data, batch_size, *processes(), on_bad=skips)
     mine = mine if progress is None else progress(mine, "evaluating")
-    options |= {"data": data_protocol(data), "allow_missing": allow_missing, "latents": plan.latents}
+    options |= {
+        "data": data_protocol(data), "allow_missing": allow_missing, "latents": plan.latents, "skipped": skips.reasons}
     if extractor is None:
         result = evaluate_images(model, mine, plan.pairs, **options)
         for row in result["rows"]:
             row["metrics"] |= {name: _absent(name, why) for name in plan.features}
+        skips.check(result["skipped"])      # of all processes
         return result
     found = None if reference is None else load_reference(reference, extractor, plan.features, data, batch_size, progress)
     result = evaluate_rfid(model, mine, extractor, plan.features, image_metrics=plan.pairs, reference=found, **options)
+    skips.check(result["skipped"])
     result["warnings"] = reference_warnings(found, result["protocol"])
     return result
 

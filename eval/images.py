@@ -79,7 +79,7 @@ def evaluate_images(
         "kind": "image reconstruction",
         "n": len(found.records),
         "keys": [key for key, _, _ in found.records],
-        "skipped": list(skipped),
+        "skipped": sorted(reason for share in all_processes(list(skipped), together) for reason in share),
         "converted": {"originals": found.originals_converted, "reconstructions": found.reconstructions_converted},
         "rows": [_row(candidate, i, pair_metrics, missing, found.records, seed) for i, candidate in enumerate(candidates)],
         "margins": _margins(candidates, pair_metrics, found.records, seed),

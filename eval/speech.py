@@ -65,6 +65,7 @@ def evaluate_speech(
     baselines: bool = True,
     sample_rate: int | None = None,
     channels: str = "mixed",
+    decoding: str | None = None,
     seed: int = 0,
     allow_missing: bool = False,
     options: MetricOptions | None = None,
@@ -83,9 +84,9 @@ def evaluate_speech(
         package are not here becomes a row that says why. options: the networks that they use.
     baselines: also measure the same network with random weights, the clip's mean mel held still (its `mel` alone) and, where
         a metric needs no original, the originals.
-    channels: of clips with several: measure their mean (mixed) or `each` and average. data: the protocol of the clips
-    (`data_protocol`). skipped: clips that were left out, read when the pass has ended. observe: called with (candidate, clip,
-    its reconstruction) for each row that makes sound, in order.
+    channels: of clips with several: measure their mean (mixed) or `each` and average. decoding: one of the model's further ways
+    to decode. data: the protocol of the clips (`data_protocol`). skipped: clips that were left out, read when the pass has
+    ended. observe: called with (candidate, clip, its reconstruction) for each row that makes sound, in order.
     Each metric of a row has title, unit, better, network, n (clips with a value), value, uncertainty (interval over clips),
     per_clip (in the order of `keys`; None without a value), and where there are any unmeasured {key: reason} and details (of
     each clip, what the metric keeps beside its number).
@@ -99,44 +100,33 @@ def evaluate_speech(
     rate = sample_rate or (0 if tokenizer is None else tokenizer.sample_rate)
     if tokenizer is None and (plan.codes or plan.speed or not rate):
         raise InputError("a candidate has no usage, bitrate or rtf, and must be told its clips' sample rate (sample_rate)")
-    tally, start = CodeTally(), list[Tensor]()
-
-    def watch(candidate: SpeechCandidate, clip: Clip, made: Rebuilt) -> None:
-        if tokenizer is not None and candidate.role == "model":
-            if plan.codes and made.codes is not None:
-                tally.add(made.codes, tokenizer.codebook_sizes, samples_at(clip, tokenizer.sample_rate))
-            if plan.speed and sum(audio.shape[1] for audio in start) < SPEED_SECONDS * tokenizer.sample_rate:
-                start.append(network_input(clip, tokenizer))
-        if observe is not None:
-            observe(candidate, clip, made)
+    watch = _Watch(tokenizer, plan, observe)
 
     def share() -> tuple[list[SpeechCandidate], list[BuiltMetric], dict[str, str], Measured]:
         built, missing = build_metrics(plan.clips, allow_missing, options)
         absolute = any(metric.spec.needs != "pair" for metric in built)
-        candidates = all_candidates(model, label, baselines, seed, absolute)
+        candidates = all_candidates(model, label, baselines, seed, absolute, decoding)
         records = measure(candidates, built, clips_of(batches, rate), channels, watch)
         return candidates, built, missing, Measured(records, list(skipped))
 
     candidates, built, missing, mine = in_step(share, together)
     found = _gather(mine, together)
+    records = found.records
     result: dict[str, Any] = {
-        "kind": "speech reconstruction",
-        "n": len(found.records),
-        "keys": [record.key for record in found.records],
-        "clips": [record.about for record in found.records],
-        "skipped": found.skipped,
-        "rows": [_row(candidate, i, built, missing, found.records, seed) for i, candidate in enumerate(candidates)],
-        "margins": _margins(candidates, built, found.records, seed),
+        "kind": "speech reconstruction", "n": len(records), "keys": [record.key for record in records],
+        "clips": [record.about for record in records], "skipped": found.skipped,
+        "rows": [_row(candidate, i, built, missing, records, seed) for i, candidate in enumerate(candidates)],
+        "margins": _margins(candidates, built, records, seed),
         "protocol": {
-            **(data or {"source": "given batches"}), **_protocol(found.records, built, rate), "channels": channels,
+            **(data or {"source": "given batches"}), **_protocol(records, built, rate), "channels": channels,
             "dtype": candidates[0].description.get("dtype"), "seed": seed,
         },
         "environment": environment(candidates[0].device),
     }
     if tokenizer is not None and plan.codes:
-        result["codes"] = code_statistics(reduce(CodeTally.merge, all_processes(tally, together)), tokenizer)
+        result["codes"] = code_statistics(reduce(CodeTally.merge, all_processes(watch.tally, together)), tokenizer)
     if tokenizer is not None and plan.speed:
-        result["speed"] = on_first(lambda: measure_speed(tokenizer, torch.cat(start, dim=1)[None]), together)
+        result["speed"] = on_first(lambda: measure_speed(tokenizer, torch.cat(watch.start, dim=1)[None]), together)
     return result
 
 
@@ -147,6 +137,26 @@ class Plan:
     clips: tuple[str, ...]         # a clip and its reconstruction
     codes: bool
     speed: bool
+
+
+@dataclass
+class _Watch:
+    """Sees each row's sound of each clip: keeps what the model's codes and speed are computed from, and tells the observer."""
+
+    tokenizer: SpeechTokenizer | None
+    plan: Plan
+    observe: Observe | None
+    tally: CodeTally = field(default_factory=CodeTally)
+    start: list[Tensor] = field(default_factory=list)      # what the network was given first, up to SPEED_SECONDS
+
+    def __call__(self, candidate: SpeechCandidate, clip: Clip, made: Rebuilt) -> None:
+        if self.tokenizer is not None and candidate.role == "model":
+            if self.plan.codes and made.codes is not None:
+                self.tally.add(made.codes, self.tokenizer.codebook_sizes, samples_at(clip, self.tokenizer.sample_rate))
+            if self.plan.speed and sum(audio.shape[1] for audio in self.start) < SPEED_SECONDS * self.tokenizer.sample_rate:
+                self.start.append(network_input(clip, self.tokenizer))
+        if self.observe is not None:
+            self.observe(candidate, clip, made)
 
 
 def plan_metrics(names: Sequence[str]) -> Plan:

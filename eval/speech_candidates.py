@@ -61,18 +61,26 @@ class SpeechCandidate:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
-def model_candidate(tokenizer: SpeechTokenizer, label: str = "model", role: str = "model") -> SpeechCandidate:
-    """A tokenizer as a row: each clip resampled to its rate, mixed to its channels, encoded and decoded alone."""
-    parameter = next(tokenizer.parameters())
+def model_candidate(
+    tokenizer: SpeechTokenizer, label: str = "model", role: str = "model", decoding: str | None = None
+) -> SpeechCandidate:
+    """A tokenizer as a row: each clip resampled to its rate, mixed to its channels, encoded and decoded alone.
+
+    decoding: one of `tokenizer.decodings`; none: its usual way. Raises InputError on another.
+    """
+    if decoding is not None and decoding not in tokenizer.decodings:
+        known = ", ".join(tokenizer.decodings) or "only one way"
+        raise InputError(f"{label} does not decode in the way '{decoding}'; it has {known}")
+    way: dict[str, Any] = {} if decoding is None else {"decoding": decoding}
+    parameter, rate = next(tokenizer.parameters()), tokenizer.output_rate(**way)
 
     def reconstruct(clip: Clip) -> Rebuilt:
         audio = network_input(clip, tokenizer)[None]
         encoding = tokenizer.encode(audio.to(parameter.device, parameter.dtype))
-        made = tokenizer.decode(encoding.code, encoding.lengths)[0].float()
-        made = checked_audio(made, tokenizer.output_rate(), clip, label)
-        return Rebuilt(made, tokenizer.output_rate(), None if encoding.codes is None else encoding.codes[0])
+        made = checked_audio(tokenizer.decode(encoding.code, encoding.lengths, **way)[0].float(), rate, clip, label)
+        return Rebuilt(made, rate, None if encoding.codes is None else encoding.codes[0])
 
-    description = {**describe(tokenizer, role), "sample_rate": tokenizer.sample_rate, "output_rate": tokenizer.output_rate()}
+    description = {**describe(tokenizer, role), "sample_rate": tokenizer.sample_rate, "output_rate": rate, **way}
     return SpeechCandidate(label, role, description, reconstruct, device=parameter.device)
 
 
@@ -113,17 +121,17 @@ def mean_mel_candidate() -> SpeechCandidate:
 
 
 def all_candidates(
-    model: SpeechTokenizer | SpeechCandidate, label: str, baselines: bool, seed: int, absolute: bool
+    model: SpeechTokenizer | SpeechCandidate, label: str, baselines: bool, seed: int, absolute: bool, decoding: str | None = None
 ) -> list[SpeechCandidate]:
     """The rows of a result, the model first. absolute: some metric needs no original, so that originals have a value too."""
     if isinstance(model, SpeechCandidate):
         candidates = [model]
     else:
         model.eval()
-        candidates = [model_candidate(model, label)]
+        candidates = [model_candidate(model, label, decoding=decoding)]
         if baselines:
             if getattr(model, "cfg", None) is not None:
-                candidates.append(model_candidate(untrained_copy(model, seed), UNTRAINED_LABEL, "untrained"))
+                candidates.append(model_candidate(untrained_copy(model, seed), UNTRAINED_LABEL, "untrained", decoding))
             candidates.append(mean_mel_candidate())
     if baselines and absolute:
         candidates.append(originals_candidate())

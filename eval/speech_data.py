@@ -7,37 +7,33 @@ from typing import Any
 
 from tokenizers_lab.data.batch import SpeechBatch
 from tokenizers_lab.data.loader import validation_batches
-from tokenizers_lab.data.quarantine import Bad
-from tokenizers_lab.errors import ConfigError, DataError
+from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.settings import SpeechDataConfig
 from tokenizers_lab.tokenizer import SpeechTokenizer
 
 from .gather import processes
+from .skips import Skips
 from .speech import data_protocol, evaluate_speech
 
 Batches = Iterable[SpeechBatch]
 ABOUT = ("key", "speaker", "language", "text", "seconds")     # columns of a clip
 
 
-class Skips:
-    """Collects held-out samples that could not be read. Raises DataError at the one that is too many."""
+def speech_data_config(
+    source: str, tokenizer: SpeechTokenizer, limit: int | None = None, seconds: float | None = None, rate: int | None = None,
+    workers: int = 0,
+) -> SpeechDataConfig:
+    """A data config that reads `source` in order as held-out clips, in the tokenizer's channels.
 
-    def __init__(self, allowed: int):
-        if allowed < 0:
-            raise ConfigError(f"--allow-skips must be at least 0, not {allowed}")
-        self.allowed = allowed
-        self.reasons: list[str] = []
-
-    def __call__(self, bad: Bad) -> None:
-        """What `validation_batches` calls."""
-        self.reasons.append(bad.reason)
-        self.check(self.reasons)
-
-    def check(self, reasons: list[str]) -> None:
-        """Raise DataError if these are more than are allowed."""
-        if len(reasons) > self.allowed:
-            advice = f"{self.allowed} may be left out (--allow-skips)" if self.allowed else "--allow-skips N leaves out up to N"
-            raise DataError(f"{reasons[-1]}; {advice}")
+    limit: at most so many clips; seconds: each cut to that length; rate: Hz at which they are read, by default the tokenizer's.
+    Raises ConfigError on values that are not positive.
+    """
+    for option, value in (("--limit", limit), ("--seconds", seconds), ("--rate", rate)):
+        if value is not None and value <= 0:
+            raise ConfigError(f"{option} must be positive, not {value}")
+    return SpeechDataConfig(
+        train=source, val=source, sample_rate=rate or tokenizer.sample_rate, channels=tokenizer.channels, val_limit=limit,
+        val_seconds=seconds, workers=workers)
 
 
 def evaluate_speech_data(

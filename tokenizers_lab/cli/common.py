@@ -80,7 +80,7 @@ def check_options(args: argparse.Namespace, speech: bool, for_images: Sequence[s
     for name in for_images if speech else for_speech:
         if getattr(args, name) is not None and getattr(args, name) is not False:      # 0 was given
             kind, other = ("speech", "images") if speech else ("images", "speech")
-            raise InputError(f"--{name} is for {other}; {args.model} is a tokenizer for {kind}")
+            raise InputError(f"--{name.replace('_', '-')} is for {other}; {args.model} is a tokenizer for {kind}")
 
 
 def add_wav(parser: argparse.ArgumentParser) -> None:
