@@ -103,8 +103,10 @@ def summarise(values: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     A clip that was measured channel by channel counts with the edits of all its channels.
     """
     each = [cell for value in values for cell in value.get("channels", [value])]
-    counts = [EditCounts(**{name: cell[name] for name in COUNTS}) for cell in each]
-    return {**summarise_edits(counts, seed), "normalisers": sorted({cell["normaliser"] for cell in each})}
+    summary = summarise_edits([EditCounts(**{name: cell[name] for name in COUNTS}) for cell in each], seed)
+    if "hypothesis" not in each[0]:
+        del summary["wil"]      # a measure of words
+    return {**summary, "normalisers": sorted({cell["normaliser"] for cell in each})}
 
 
 def utterances(result: dict[str, Any], metric: str = "wer") -> list[dict[str, Any]]:

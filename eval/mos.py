@@ -7,8 +7,10 @@ import importlib
 import logging
 import math
 import threading
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 
 from tokenizers_lab.errors import CheckpointError, WeightsMissing
+
+from .bootstrap import mean_summary
 
 SAMPLE_RATE = 16_000
 UTMOS_REPOSITORY, UTMOS_FILE = "balacoon/utmos", "utmos.jit"
@@ -29,12 +33,12 @@ DNSMOS_FITS = {
 SHORTEST_VISQOL = 0.5                  # seconds: shorter clips hold none of its patches
 
 
-def needed(module: str, metric: str) -> Any:
-    """An optional package's module. Raises WeightsMissing if it is not installed."""
+def optional_package(name: str, what: str) -> ModuleType:
+    """A package of the extra `metrics`. Raises WeightsMissing that says how to install it."""
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(name)
     except ImportError as error:
-        raise WeightsMissing(f"{metric} needs an optional package ({error}): pip install 'tokenizers-lab[metrics]'") from error
+        raise WeightsMissing(f"{what} needs the package {name}: pip install 'tokenizers-lab[metrics]' ({error})") from error
 
 
 class DNSMOS:
@@ -48,7 +52,7 @@ class DNSMOS:
         """Raises WeightsMissing, CheckpointError."""
         from tokenizers_lab.assets import find
 
-        runtime = needed("onnxruntime", "DNSMOS")
+        runtime = optional_package("onnxruntime", "DNSMOS")
         found = find("dnsmos")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1      # the same digits on any machine
@@ -65,6 +69,16 @@ class DNSMOS:
         scores = {name: float(np.polyval(DNSMOS_FITS[name], raw[:, i].astype(np.float64)).mean())
                   for i, name in enumerate(("sig", "bak", "ovr"))}
         return {"value": scores["ovr"], "sig": scores["sig"], "bak": scores["bak"]}
+
+
+def means_of(*names: str) -> Callable[[Sequence[dict[str, Any]], int], dict[str, Any]]:
+    """A summary that gives the means of these numbers too, each with its interval, over clips that have them."""
+
+    def summary(values: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+        cells = [cell for value in values for cell in value.get("channels", [value])]
+        return {name: mean_summary([cell[name] for cell in cells], seed) for name in names}
+
+    return summary
 
 
 def dnsmos_windows(audio: np.ndarray) -> list[np.ndarray]:
@@ -84,7 +98,7 @@ class DistillMOS:
         """Raises WeightsMissing, CheckpointError."""
         from tokenizers_lab.assets import find_state_dict
 
-        package = needed("distillmos", "DistillMOS")
+        package = optional_package("distillmos", "DistillMOS")
         self._network = package.ConvTransformerSQAModel(load_weights=False)
         state, self.provenance = find_state_dict("distillmos")
         self._network.load_state_dict(state, strict=True)
@@ -103,12 +117,13 @@ class ViSQOL:
     """ViSQOL v3 (Chinen et al. 2020) in speech mode, as visqol-python computes it: similarity mapped to MOS-LQO.
 
     The mapping is the published lattice where its runtime (ai-edge-litert) is installed, else a polynomial, which gives up to
-    2 points more: `provenance` names it.
+    2 points more: `provenance` names it. The lattice does not fall steadily: strong white noise scores 1.0 to 2.0 in any order
+    (measured). The similarity itself (nsim, 1 for equal clips), which does, stands beside it.
     """
 
     def __init__(self) -> None:
         """Raises WeightsMissing."""
-        package, mappers = needed("visqol", "ViSQOL"), needed("visqol.quality_mapper", "ViSQOL")
+        package, mappers = optional_package("visqol", "ViSQOL"), optional_package("visqol.quality_mapper", "ViSQOL")
         logging.getLogger("visqol").setLevel(logging.ERROR)
         lattice = bool(mappers.has_lattice_runtime())
         self._api = package.VisqolApi()
@@ -117,8 +132,8 @@ class ViSQOL:
         mapping = "lattice mapping" if lattice else "polynomial mapping (scores are higher than the lattice's)"
         self.provenance = f"visqol-python {version('visqol-python')}, speech mode, {mapping}"
 
-    def __call__(self, original: Tensor, made: Tensor, about: dict[str, Any]) -> Any:
-        """MOS-LQO of a reconstruction and its original, both (samples,) at 16 kHz."""
+    def __call__(self, original: Tensor, made: Tensor, about: dict[str, Any]) -> dict[str, Any]:
+        """{"value": MOS-LQO, "nsim"} of a reconstruction and its original, both (samples,) at 16 kHz."""
         if len(original) < SHORTEST_VISQOL * SAMPLE_RATE:
             return {"value": None, "reason": f"ViSQOL needs {SHORTEST_VISQOL:g} s"}
         if not original.any():
@@ -126,9 +141,9 @@ class ViSQOL:
         with self._lock:
             try:
                 found = self._api.measure_from_arrays(original.double().numpy(), made.double().numpy(), SAMPLE_RATE)
-            except (ValueError, RuntimeError, IndexError) as error:
-                return {"value": None, "reason": f"ViSQOL: {str(error).splitlines()[0] if str(error) else type(error).__name__}"}
-        return float(found.moslqo)
+            except (ValueError, RuntimeError, IndexError) as error:      # an IndexError: no patch of it holds speech
+                return {"value": None, "reason": f"ViSQOL finds nothing to compare in it ({error})"}
+        return {"value": float(found.moslqo), "nsim": float(found.vnsim)}
 
 
 class UTMOS:

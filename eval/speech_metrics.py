@@ -1,10 +1,8 @@
 """Metrics of a clip and its reconstruction, by name: the table that `toklab eval` and `toklab compare` read."""
 
-import importlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from tokenizers_lab.losses.spectral import stft_magnitude
 from tokenizers_lab.metrics import MEL_RATE, mel_distance, si_sdr
 
 from .asr_metrics import ErrorRate, summarise
-from .mos import DNSMOS, UTMOS, DistillMOS, ViSQOL
+from .mos import DNSMOS, UTMOS, DistillMOS, ViSQOL, means_of, optional_package
 from .speaker import Similarity, against_prompts
 
 Value = float | dict[str, Any] | None
@@ -161,14 +159,6 @@ def unmeasured(reason: str) -> dict[str, Any]:
     return {"value": None, "reason": reason}
 
 
-def optional_package(name: str, what: str) -> ModuleType:
-    """A package of the extra `metrics`. Raises WeightsMissing that says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise WeightsMissing(f"{what} needs the package {name}: pip install 'tokenizers-lab[metrics]' ({error})") from error
-
-
 def _error_rate(units: str, against: str) -> Callable[[MetricOptions], Measure]:
     return lambda options: ErrorRate(units, against, options.asr, options.device)
 
@@ -185,9 +175,10 @@ SPEECH_METRICS = {metric.name: metric for metric in (
                  _error_rate("characters", "original"), summarise),
     SpeechMetric("sim", "speaker similarity", "", "higher", NETWORK_RATE, "pair",
                  lambda o: Similarity(o.speaker, o.device), against_prompts),
-    SpeechMetric("dnsmos", "DNSMOS (overall)", "", "higher", NETWORK_RATE, "reconstruction", lambda o: DNSMOS()),
+    SpeechMetric("dnsmos", "DNSMOS (overall)", "", "higher", NETWORK_RATE, "reconstruction", lambda o: DNSMOS(),
+                 means_of("sig", "bak")),
     SpeechMetric("distillmos", "DistillMOS", "", "higher", NETWORK_RATE, "reconstruction", lambda o: DistillMOS(o.device)),
-    SpeechMetric("visqol", "ViSQOL", "", "higher", NETWORK_RATE, "pair", lambda o: ViSQOL()),
+    SpeechMetric("visqol", "ViSQOL", "", "higher", NETWORK_RATE, "pair", lambda o: ViSQOL(), means_of("nsim")),
     SpeechMetric("utmos", "UTMOS", "", "higher", NETWORK_RATE, "reconstruction", lambda o: UTMOS(o.utmos, o.device)),
     SpeechMetric("pesq_wb", "PESQ (wide band)", "MOS", "higher", 16_000, "pair", _pesq("wb")),
     SpeechMetric("pesq_nb", "PESQ (narrow band)", "MOS", "higher", 8_000, "pair", _pesq("nb")),
