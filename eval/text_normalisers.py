@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from tokenizers_lab.errors import CheckpointError, InputError
@@ -26,6 +26,7 @@ class Normaliser:
         return " ".join(self.apply(text).split())
 
 
+@cache
 def build_normaliser(name: str) -> Normaliser:
     """english: Whisper's English one (numbers, contractions, British spellings); basic: lower case, no punctuation or remarks in
     brackets; letters: basic, with every letter a word of its own; none: only spaces.
@@ -45,7 +46,6 @@ def build_normaliser(name: str) -> Normaliser:
     raise InputError(f"there is no text normaliser '{name}'; known: english, basic, letters, none")
 
 
-@lru_cache(maxsize=8)
 def normaliser_for(language: str | None) -> Normaliser:
     """Whisper's for a language ("en", "en-US", "fr", …): English also where it is not known; see `build_normaliser`."""
     code = (language or "en").replace("_", "-").split("-")[0].lower()
@@ -54,7 +54,7 @@ def normaliser_for(language: str | None) -> Normaliser:
     return build_normaliser("letters" if code in UNSPACED_LANGUAGES else "basic")
 
 
-@lru_cache(maxsize=1)
+@cache
 def spellings() -> dict[str, str]:
     """British to American spellings, a list of Whisper's that transformers takes but does not have. Raises WeightsMissing."""
     from tokenizers_lab.assets import find
