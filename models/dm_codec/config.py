@@ -143,5 +143,3 @@ def validate(cfg: Any) -> None:
         unknown = sorted(set(stage.weights) - set(TERMS))
         if unknown:
             raise ConfigError(f"stages.{i}.weights: dm_codec has no loss '{unknown[0]}'; it has {', '.join(TERMS)}")
-        if stage.weights.get("feature_matching") and not stage.weights.get("gan"):
-            raise ConfigError(f"stages.{i}.weights.feature_matching needs gan: without it no discriminator trains")
