@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenizers_lab.data.audio import encode_audio, read_audio
 
 from .report_charts import MEL_LEFT, MEL_WIDTH, mel_chart, nice
+from .report_parts import facts
 from .sounds import mel_levels
 
 if TYPE_CHECKING:
@@ -37,8 +38,9 @@ def audio_uri(audio: Tensor, sample_rate: int) -> str:
 
 def sounds_of(view: "RunView", example: dict[str, Any]) -> list[Sound]:
     """Original, reconstruction and further decodings of one example, from its files, cut to what the page plays."""
-    titles = {m: v["title"] for m, v in _results(view)["rows"][0]["metrics"].items()}
-    values = " · ".join(f"{titles[name]} {nice(value)}" for name, value in example["values"].items())
+    metrics = _results(view)["rows"][0]["metrics"]
+    values = " · ".join(
+        f"{metrics[name]['title']} {nice(value)} {metrics[name]['unit']}".strip() for name, value in example["values"].items())
     sounds = []
     for kind, file in example["sounds"].items():
         audio, rate = read_audio(view.run.path / file)
@@ -91,12 +93,13 @@ def _card(number: int, about: dict[str, Any], sounds: list[Sound]) -> str:
     figures = []
     for column, (sound, level) in enumerate(zip(sounds, levels)):
         drawing = mel_chart(f"mel {number} {column}", level, levels[0].max())
-        note = f" · {sound.note}" if sound.note else ""
+        note = f"<small>{escape(sound.note)}</small>" if sound.note else ""
         label = f"{sound.title} of {Path(about['key']).name}"
+        source = audio_uri(sound.audio, sound.rate)
         figures.append(f"""<figure class="sound" data-kind="{escape(sound.title)}">
-<h4>{escape(sound.title)} <small>{nice(sound.rate / 1000)} kHz{escape(note)}</small></h4>
+<h4>{escape(sound.title)} <small>{nice(sound.rate / 1000)} kHz</small></h4>
 <div class="mel">{drawing}<i></i></div>
-<audio controls preload="metadata" aria-label="{escape(label)}" src="{audio_uri(sound.audio, sound.rate)}"></audio></figure>""")
+<audio controls preload="metadata" aria-label="{escape(label)}" src="{source}"></audio>{note}</figure>""")
     cut = f"the first {SECONDS:g} s of {about['seconds']:.1f} s" if about["seconds"] > SECONDS else f"{about['seconds']:.1f} s"
     said = [cut, about["speaker"] or "", f"“{about['text']}”" if about["text"] else ""]
     title = f"{escape(Path(about['key']).name)} <small>{escape(' · '.join(filter(None, said)))}</small>"
@@ -105,8 +108,39 @@ def _card(number: int, about: dict[str, Any], sounds: list[Sound]) -> str:
 
 
 def codes_section(views: "list[RunView]") -> str:
-    """Frame rate, bitrate and use of the codebooks."""
-    return ""
+    """Frame rate and bitrate, the use of each codebook, and the speed where it was measured."""
+    parts = ['<section id="codes"><h2>Codes <small>of the held-out clips</small></h2>']
+    for view in views:
+        results = view.results or {}
+        if view.tag and ("codes" in results or "speed" in results):
+            parts.append(f"<h3>{escape(view.name)}</h3>")
+        if "codes" in results:
+            parts.append(_codes(results["codes"]))
+        if "speed" in results:
+            speed = results["speed"]
+            parts.append(facts({
+                f"seconds to {what} a second of sound": f"{nice(speed[f'{what}_rtf'])} ({speed['threads']} threads, "
+                f"{speed['processor']})" for what in ("encode", "decode")}))
+    if len(parts) == 1:
+        parts.append('<p class="soft">Not measured.</p>')
+    return "\n".join(parts) + "</section>"
+
+
+def _codes(codes: dict[str, Any]) -> str:
+    rows = "".join(
+        f"""<tr><td>{number}</td><td>{book["size"]:,}</td>
+<td class="bar"><i style="width:{book["usage"]:.2%}"></i>{book["used"]:,} ({book["usage"]:.1%})</td>
+<td>{nice(book["perplexity"])}</td><td>{book["entropy_bits"]:.2f}</td></tr>"""
+        for number, book in enumerate(codes["per_codebook"]))
+    rate = facts({
+        "frames a second": nice(codes["frame_rate"]),
+        "bits of a frame": f"{nice(codes['bits_per_frame'])} from {codes['codebooks']} codebooks",
+        "bitrate": f"{codes['bitrate']:,.0f} bit/s; {codes['entropy_bitrate']:,.0f} bit/s by the codes' entropy in these clips",
+        "measured on": f"{codes['frames']:,} frames, {codes['seconds']:,.1f} s",
+    })
+    notes = "".join(f"<p>{escape(note)}</p>" for note in codes["warnings"])
+    return f"""{rate}<div class="wide"><table class="books"><thead><tr><th>codebook</th><th>entries</th><th>used</th>
+<th>perplexity</th><th>entropy, bits</th></tr></thead><tbody>{rows}</tbody></table></div>{notes}"""
 
 
 def _results(view: "RunView") -> dict[str, Any]:

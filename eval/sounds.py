@@ -91,15 +91,17 @@ def mel_levels(audio: Tensor, sample_rate: int) -> np.ndarray:
 def save_mels(mels: Mapping[str, np.ndarray], path: Path) -> None:
     """A PNG of spectrograms (80, frames), one below the other, all in the colours of the first one's loudness."""
     loudest = next(iter(mels.values())).max()
-    figure = Figure(figsize=(9, 0.7 + 1.75 * len(mels)), layout="constrained", dpi=100)
+    height = 0.5 + 1.8 * len(mels)      # inches
+    figure = Figure(figsize=(9, height), dpi=100)
     axes = figure.subplots(len(mels), sharex=True, squeeze=False)[:, 0]
+    figure.subplots_adjust(left=0.07, right=0.9, bottom=0.42 / height, top=1 - 0.25 / height, hspace=0.25)
     for place, (name, mel) in zip(axes, mels.items()):
         image = draw_mel(place, mel, loudest)
-        place.set_title(name, fontsize=9, loc="left")
+        place.set_title(name, fontsize=9, loc="left", pad=3)
         place.set_ylabel("Hz (mel scale)", fontsize=8)
         place.tick_params(labelsize=8)
     axes[-1].set_xlabel("s", fontsize=8)
-    bar = figure.colorbar(image, ax=list(axes), fraction=0.03, pad=0.01)
+    bar = figure.colorbar(image, cax=figure.add_axes((0.915, 0.42 / height, 0.02, 1 - 0.67 / height)))
     bar.set_label("ln of the mel band's magnitude", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     figure.savefig(path, metadata={"Software": None})

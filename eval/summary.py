@@ -57,10 +57,19 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     for name in names:
         if "missing" in summary["rows"][0]["metrics"][name]:
             console.print(f"{titles[name]}: {summary['rows'][0]['metrics'][name]['missing']}", markup=False, soft_wrap=True)
+    if "codes" in summary:
+        console.print(codes_line(summary["codes"]), markup=False, soft_wrap=True, highlight=False)
     for network, source in summary["teachers"].items():
         console.print(f"{network}: {source}", markup=False, soft_wrap=True)
     for name, path in summary["paths"].items():
         console.print(f"{name:>10}  {path}", markup=False, soft_wrap=True, highlight=False)
+
+
+def codes_line(codes: dict[str, Any]) -> str:
+    """Rate and use of a speech tokenizer's codes in one line."""
+    return (f"codes: {codes['frame_rate']:g} frames a second, {codes['codebooks']} codebooks, {codes['bitrate']:,.0f} bit/s "
+            f"({codes['entropy_bitrate']:,.0f} by entropy); {codes['usage']:.1%} of the entries used, mean perplexity "
+            f"{codes['perplexity']:.1f}")
 
 
 def format_value(result: dict[str, Any] | None, interval: bool = True) -> str:

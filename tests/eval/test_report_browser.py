@@ -8,6 +8,7 @@ import shutil
 import subprocess
 
 import pytest
+from speech_runs import DM_CODEC, LM_SPT, written_run
 from toy import write_run
 
 from tokenizers_lab.eval import image_metrics
@@ -47,6 +48,27 @@ window.addEventListener('load', () => {      // synchronous: decoding off the ma
   document.documentElement.dataset.seen = JSON.stringify(seen);
 });
 </script></body>"""
+SOUND_PROBE = """<script>
+window.addEventListener('load', () => {      // which waits until each player knows how long it plays
+  const all = selector => [...document.querySelectorAll(selector)], seen = { problems: window.problems };
+  const box = element => element.getBoundingClientRect();
+  seen.players = all('.sound').map(sound => {
+    const audio = sound.querySelector('audio'), mel = box(sound.querySelector('.mel svg image'));
+    return [sound.dataset.kind, audio.duration, audio.error && audio.error.message, box(audio).width, mel.width, mel.height];
+  });
+  const mel = all('.mel')[1], picture = box(mel.querySelector('svg image')), audio = mel.parentElement.querySelector('audio');
+  mel.dispatchEvent(new MouseEvent('click', { clientX: picture.left + picture.width / 4 }));
+  seen.quarter = audio.currentTime / audio.duration;
+  audio.dispatchEvent(new Event('timeupdate'));
+  const line = box(mel.querySelector('i'));
+  seen.line = ((line.left + line.right) / 2 - picture.left) / picture.width;
+  seen.shown = [0, 1].map(i => getComputedStyle(all('.mel i')[i]).visibility);
+  seen.tops = all('.clip').map(clip => [...new Set([...clip.querySelectorAll('.sound')].map(sound => box(sound).top))].length);
+  seen.charts = all('.chart svg').map(chart => box(chart).width);
+  seen.overflow = document.documentElement.scrollWidth - innerWidth;
+  document.documentElement.dataset.seen = JSON.stringify(seen);
+});
+</script></body>"""
 WATCH = """<script>window.problems = [];
 window.addEventListener('error', e => problems.push(String(e.message)));
 document.addEventListener('securitypolicyviolation', e => problems.push(e.violatedDirective + ' ' + e.blockedURI));
@@ -65,11 +87,11 @@ def chromium() -> str:
     return found
 
 
-def look(chromium: str, page, tmp_path) -> dict:
+def look(chromium: str, page, tmp_path, probe: str = PROBE) -> dict:
     """Open a copy of the page with the probe in it; returns what the probe saw."""
     text = page.read_text()
     probed = tmp_path / "probed.html"
-    probed.write_text(text.replace("</head>", WATCH, 1).replace("</body>", PROBE, 1))
+    probed.write_text(text.replace("</head>", WATCH, 1).replace("</body>", probe, 1))
     command = [chromium, *OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", f"file://{probed}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in result.stderr, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
@@ -109,3 +131,28 @@ def test_the_page_refuses_the_network(chromium, tmp_path, monkeypatch):
     page.write_text(page.read_text().replace("<main>", '<main><img src="http://127.0.0.1:9/x.png">', 1))
     with pytest.raises(AssertionError, match="Content Security Policy"):
         look(chromium, page, tmp_path)
+
+
+def test_sounds_play_in_a_browser(chromium, tmp_path):
+    run = written_run(tmp_path, DM_CODEC, "toy", val_limit=2)
+    seen = look(chromium, write_report(run), tmp_path, SOUND_PROBE)
+    assert seen["problems"] == [] and seen["overflow"] <= 0
+    assert [kind for kind, *_ in seen["players"]] == ["original", "reconstruction"] * 2
+    seconds = [min(5, example["seconds"]) for example in json.loads((run / "results.json").read_text())["examples"]]
+    for number, (kind, duration, error, *sizes) in enumerate(seen["players"]):
+        assert duration == pytest.approx(seconds[number // 2], abs=0.01) and error is None, (kind, error)
+        assert sizes[0] > 300 and sizes[1] > 300 and sizes[2] > 80
+    assert seen["quarter"] == pytest.approx(0.25, abs=0.02) and seen["line"] == pytest.approx(0.25, abs=0.02)
+    assert seen["shown"] == ["hidden", "visible"]
+    assert seen["tops"] == [1, 1], "original and reconstruction stand side by side"
+
+
+def test_two_speech_runs_in_a_browser(chromium, tmp_path):
+    first = written_run(tmp_path, DM_CODEC, "toy", val_limit=1)
+    second = written_run(tmp_path, LM_SPT, "toy", sample_rate=24_000, val_limit=1)
+    seen = look(chromium, write_report(first, second), tmp_path, SOUND_PROBE)
+    assert seen["problems"] == [] and seen["overflow"] <= 0
+    assert [kind for kind, *_ in seen["players"]] == [
+        "original A", "reconstruction A", "original B", "reconstruction B", "semantic B", "auxiliary B", "acoustic B"]
+    durations = {round(duration, 2) for _, duration, *_ in seen["players"]}
+    assert max(durations) - min(durations) <= 0.01 and all(error is None for _, _, error, *_ in seen["players"])

@@ -133,6 +133,27 @@ def test_page_plays_what_it_shows(finished):
         assert wanted in text, wanted
 
 
+def test_use_of_each_codebook_is_shown(finished):
+    run, summary = finished
+    codes = summary["codes"]
+    page = (run / "report.html").read_text()
+    table = page[page.index('<table class="books">') :].partition("</table>")[0]
+    rows = re.sub("<i .*?</i>|\n", "", table).split("<tr>")[2:]
+    tokenizer = load(str(run))
+    clips = [batch.audio[i : i + 1, :, : batch.lengths[i]] for batch in validation_batches(open_run(run).config.data, 4)
+             for i in range(len(batch))]
+    found = torch.cat([tokenizer.encode(clip).codes[0] for clip in clips], dim=1)
+    assert len(codes["per_codebook"]) == 2 == len(rows)
+    for book, row in enumerate(rows):
+        used = len(found[book].unique())
+        assert row.startswith(f'<td>{book}</td><td>16</td><td class="bar">{used} ({used / 16:.1%})</td>')
+    text = "".join(Page(page).words)
+    assert "400 bit/s" in text and f"{found.shape[1]:,} frames" in text      # 50 frames a second, 2 · 4 bits
+    console = Console(file=io.StringIO(), width=160)
+    print_summary(summary, console)
+    assert "codes: 50 frames a second, 2 codebooks, 400 bit/s" in console.file.getvalue()
+
+
 def test_page_is_self_contained_and_its_ids_unique(finished):
     page = (finished[0] / "report.html").read_text()
     inside = ("#", "data:image/png;base64,", "data:audio/flac;base64,")
