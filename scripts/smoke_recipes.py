@@ -4,7 +4,7 @@ python scripts/smoke_recipes.py [RECIPE …]        without names, every package
 
 Each recipe has a process of its own, so that one that the machine cannot hold is reported, and the others still run.
 Networks whose weights are not here are replaced by random ones of the same size, and the table says so: time and memory
-are those of the real ones. Images are noise. On a CPU the step is float32, whatever the recipe's precision.
+are those of the real ones. Images and sounds are noise. On a CPU the step is float32, whatever the recipe's precision.
 """
 
 import json
@@ -22,6 +22,10 @@ TEACHERS = {
     "facebook/dinov3-vitl16-pretrain-lvd1689m": {
         "model_type": "dinov3_vit", "hidden_size": "1024", "intermediate_size": "4096", "num_hidden_layers": "24",
         "num_attention_heads": "16", "num_register_tokens": "4", "patch_size": "16",
+    },
+    "openai/whisper-large-v3": {
+        "d_model": "1280", "encoder_layers": "32", "encoder_attention_heads": "20", "encoder_ffn_dim": "5120",
+        "num_mel_bins": "128",
     },
 }
 CLASSIFIERS = {"convnext-small": "convnext_small", "lpips-vgg16": "vgg16", "lpips-alexnet": "alexnet"}      # torchvision's names
@@ -59,46 +63,50 @@ def main(names):
 def child(name):
     """One step of each stage of a recipe; prints the rows as JSON."""
     import torch
+    from accelerate import Accelerator
 
     from tokenizers_lab.config import load_config, override_objective
-    from tokenizers_lab.data.batch import ImageBatch
     from tokenizers_lab.draw import Draw
+    from tokenizers_lab.training.objective import ADVERSARIAL
     from tokenizers_lab.training.optim import build_optimizer, set_learning_rate, update_ema
-    from tokenizers_lab.training.run import DiscriminatorStep, GeneratorStep, build_networks
+    from tokenizers_lab.training.run import Adversary, GeneratorStep, build_networks
 
     device = torch.device("cuda" if has_cuda() else "cpu")
-    cfg = load_config(name, ["init_from=null"])
+    cfg = load_config(name, ["init_from=null", "train.accumulate=1"])
     missing = replace_missing(cfg.objective)
     nets = build_networks(cfg, device)
-    size = cfg.data.size
-    batch = ImageBatch(torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)), ["noise"]).to(device)
+    batch = noise(cfg).to(device)
     rows = []
     for number, stage in enumerate(cfg.stages):
         nets.objective.cfg = override_objective(cfg.objective, stage.objective)
         nets.select(stage.parts)
         nets.tokenizer.train()
         nets.objective.train()
-        generator, discriminator = GeneratorStep(nets.tokenizer, nets.objective), DiscriminatorStep(nets.objective)
-        optimizers = [build_optimizer(generator.named_parameters(), cfg.train.optimizer)]
-        if "gan" in stage.weights:
+        generator = GeneratorStep(nets.tokenizer, nets.objective)
+        optimizer, rival = build_optimizer(generator.named_parameters(), cfg.train.optimizer), None
+        set_learning_rate(optimizer, stage.lr)
+        if ADVERSARIAL & stage.weights.keys():
             nets.objective.discriminators.requires_grad_(True)
-            optimizers.append(build_optimizer(discriminator.named_parameters(), cfg.train.discriminator_optimizer))
+            rival = Adversary(nets.objective, cfg.train, Accelerator(cpu=not has_cuda()), lambda finite: finite)
+            set_learning_rate(rival.optimizer, stage.lr)
 
         began = time.perf_counter()
         half = device.type == "cuda" and cfg.train.precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            losses = generator(batch, Draw(0, step=number, device=device), frozenset(stage.weights))      # every term at once
+            judge = rival.judge if rival is not None and rival.first else None
+            losses = generator(batch, Draw(0, step=number, device=device), frozenset(stage.weights), judge)      # every term
             loss = sum(stage.weights[term] * value for term, value in losses.terms.items())
         loss.backward()
-        if "gan" in stage.weights:
-            sum(discriminator(losses.real, losses.fake.detach()).terms.values()).backward()
+        if rival is not None and not rival.first:
+            rival.judge(losses.real, losses.fake)
         trained = [p for p in generator.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.train.optimizer.clip or float("inf"))
         assert bool(loss.isfinite()) and bool(norm.isfinite()), "the loss or the gradient is not finite"
-        for optimizer in optimizers:
-            set_learning_rate(optimizer, stage.lr)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if rival is not None:
+            rival.update()
+            rival.begin()
         update_ema(nets.ema, nets.tokenizer, cfg.train.ema)
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -108,8 +116,31 @@ def child(name):
     print(json.dumps(rows))
 
 
+def noise(cfg):
+    """A batch of one image or segment of noise, with features of teachers that are precomputed."""
+    import torch
+
+    from tokenizers_lab.data.batch import ImageBatch, SpeechBatch
+    from tokenizers_lab.settings import ImageDataConfig
+
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(cfg.data, ImageDataConfig):
+        return ImageBatch(torch.rand(1, 3, cfg.data.size, cfg.data.size, generator=generator), ["noise"])
+    seconds, rates = cfg.data.segment_seconds, (cfg.data.sample_rate, cfg.data.teacher_rate)
+    audio, teacher_audio = (
+        None if rate is None else torch.rand(1, 1, round(seconds * rate), generator=generator) - 0.5 for rate in rates)
+    lengths, unknown = torch.tensor([audio.shape[2]]), [None]
+    width = getattr(cfg.objective, "teacher_width", 0)
+    features = {name: torch.randn(1, round(seconds * 50), width, generator=generator) for name in ("sm", "lm") if width}
+    return SpeechBatch(audio, lengths, ["noise"], unknown, unknown, unknown, torch.zeros(1, dtype=torch.int64), teacher_audio,
+                       features)
+
+
 def replace_missing(objective):
-    """Let networks whose weights are nowhere have random ones of their size; returns their names. Nothing is fetched."""
+    """Let networks whose weights are nowhere have random ones of their size; returns their names. Nothing is fetched.
+
+    Teachers whose features can come with the data (a backend `none`) are left out: their features are noise then.
+    """
     import torchvision
 
     from tokenizers_lab.errors import WeightsMissing
@@ -118,7 +149,11 @@ def replace_missing(objective):
 
     os.environ["TOKENIZERS_LAB_OFFLINE"] = "1"
     missing = []
-    for teacher in getattr(objective, "teachers", {}).values():
+    for name in ("speech_teacher", "language_teacher", "recognizer"):
+        if hasattr(objective, name):
+            missing.append(f"features for {getattr(objective, name).source}")
+            getattr(objective, name).backend = "none"
+    for teacher in [*getattr(objective, "teachers", {}).values(), *filter(None, [getattr(objective, "teacher", None)])]:
         try:
             local_folder(teacher.source)
         except WeightsMissing:

@@ -7,13 +7,19 @@ from tokenizers_lab.config import list_recipes, load_config, override_objective
 from tokenizers_lab.hub import build_tokenizer
 from tokenizers_lab.models.rectok.convert import official_name
 from tokenizers_lab.models.rectok.objective import RecTokObjective
-from tokenizers_lab.training.optim import build_optimizer
+from tokenizers_lab.training.optim import build_optimizer, discriminator_learning_rate, learning_rate
 
-# parameters by part; encoder and decoder make the published 172 M
+# parameters by part; RecTok's encoder and decoder make the published 172 M, LM-SPT's parts the 74,652,220 of its checkpoint
+DM_CODEC = {"encoder": 67_705_856, "decoder": 35_182_530}
+LM_SPT = {"semantic_encoder": 16_238_144, "acoustic_encoder": 16_238_144, "quantizer": 508_032, "decoder": 40_446_770,
+          "aux_decoder": 1_221_130}
 PUBLISHED = {
+    "dm_codec/librispeech16k": DM_CODEC, "dm_codec/librispeech16k-lm": DM_CODEC,
+    "lm_spt/librispeech24k": LM_SPT, "lm_spt/emilia24k": LM_SPT,
     "rectok/imagenet256": {"encoder": 86_033_920, "decoder": 85_936_980},
     "rectok/imagenet256-decoder-finetune": {"encoder": 86_033_920, "decoder": 85_936_980},
 }
+OF_OURS = {"lm_spt/librispeech24k-25hz", "lm_spt/librispeech24k-6hz"}      # frame rates without a published configuration
 PAPER = [name for name in list_recipes() if not name.endswith("/tiny")]
 
 
@@ -42,7 +48,7 @@ def test_a_papers_recipe_says_what_to_expect(name):
     text = "\n".join(header)
     for needed in ("arXiv", "accelerate launch", "Expected:", "Hardware:"):
         assert needed in text, f"{name}: its header does not say {needed}"
-    assert name in PUBLISHED, f"{name}: give its published parameter counts"
+    assert name in PUBLISHED or name in OF_OURS, f"{name}: give its published parameter counts"
 
 
 def test_rectoks_recipe_is_the_papers():
@@ -62,6 +68,29 @@ def test_rectoks_recipe_is_the_papers():
     assert stage.lr == pytest.approx(5e-5 * second.train.batch_size / 256)
     assert (second.objective.gamma, second.objective.mask_ratio, second.objective.teachers) == (0, 0, {})
     assert second.model == cfg.model and second.init_from
+
+
+def test_the_speech_recipes_are_the_papers():
+    cfg = load_config("dm_codec/librispeech16k")
+    stage, optimizer = cfg.stages[0], cfg.train.optimizer
+    assert stage.weights == {"waveform": 500, "mel": 1, "commitment": 10, "distillation": 120, "gan": 1, "feature_matching": 1}
+    assert (stage.epochs, stage.lr, stage.warmup, stage.schedule, cfg.train.batch_size) == (10, 1e-4, 0, "cosine", 6)
+    assert (tuple(optimizer.betas), optimizer.weight_decay, optimizer.clip) == ((0.9, 0.99), 0, 0)
+    assert (cfg.data.segment_seconds, cfg.data.crop, cfg.objective.guidance) == (3, "fixed", "combined")
+    assert load_config("dm_codec/librispeech16k-lm").objective.guidance == "lm"
+    cfg = load_config("lm_spt/librispeech24k")
+    stage, optimizer = cfg.stages[0], cfg.train.optimizer
+    assert stage.weights == {"mel": 15, "gan": 1, "feature_matching": 2, "acoustic_codebook": 1, "acoustic_commitment": 0.25,
+                             "distill": 500, "semantic_commitment": 0.25, "semantic_codebook": 1}
+    assert (tuple(optimizer.betas), optimizer.weight_decay, optimizer.clip) == ((0.8, 0.9), 0.01, 1) and optimizer.decay_vectors
+    assert round(stage.warmup * cfg.data.samples / cfg.train.batch_size) == 100
+    rates = [discriminator_learning_rate(stage, done, stage.epochs) for done in (0.0, 10.0, 20.0)]
+    assert rates == [1e-3] * 3
+    assert learning_rate(stage, stage.lr, stage.epochs, stage.epochs) == pytest.approx(5e-5)
+    for name, hop in (("librispeech24k", 1920), ("librispeech24k-25hz", 960), ("librispeech24k-6hz", 3840)):
+        model = load_config(f"lm_spt/{name}").model
+        with torch.device("meta"):
+            assert build_tokenizer("lm_spt", model).hop == hop
 
 
 def test_rectok_decays_exactly_the_tensors_that_the_authors_decay():
