@@ -1,6 +1,5 @@
 """SEANet encoder and decoder (Tagliasacchi et al. 2020) as in EnCodec: 1-D convolutions, residual blocks, an LSTM."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -44,8 +43,7 @@ class Conv1d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, T)."""
         right = 0 if self.causal else self.overlap // 2
-        frames = math.ceil((x.shape[-1] - self.span + self.overlap) / self.stride) + 1
-        extra = (frames - 1) * self.stride + self.span - self.overlap - x.shape[-1]     # completes the last window
+        extra = -x.shape[-1] % self.stride                            # completes the last window
         return self.conv(pad1d(x, self.overlap - right, right + extra, self.mode))
 
     def stream(self) -> Stream:
