@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tokenizers_lab.errors import CheckpointError
 from tokenizers_lab.teachers.networks import RANDOM_SEED, local_folder, missing_teacher
 
 from .bootstrap import mean_summary
+from .provenance import weights_sha256
 
 SAMPLE_RATE = 16_000
 SHORTEST = SAMPLE_RATE // 2      # samples that an x-vector needs for a frame; shorter clips are filled with zeros
@@ -52,7 +54,8 @@ def _x_vectors(source: str, device: torch.device | str) -> SpeakerEncoder:
         network, extractor, provenance = random_x_vectors(), Wav2Vec2FeatureExtractor(), f"random weights (seed {RANDOM_SEED})"
     else:
         network, extractor = load_x_vectors(source)
-        provenance = f"{source} (transformers)"
+        name = Path(source).name if Path(source).expanduser().is_dir() else source      # results name no folders
+        provenance = f"{name} (transformers), SHA-256 {weights_sha256(network)[:12]}"
     network.to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
