@@ -84,6 +84,13 @@ def is_whole(run: RunFolder, results: dict[str, Any], metrics: Sequence[str] | N
     return asked and all((run.path / file).is_file() for file in files)
 
 
+def differ(one: Any, two: Any) -> bool:
+    """Whether two entries of protocols are not the same; of what is said by metric, only metrics of both count."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        return any(one[name] != two[name] for name in one.keys() & two.keys())
+    return bool(one != two)
+
+
 def _header(views: list[RunView]) -> str:
     systems = {v.run.config.system: get_system(v.run.config.system) for v in views}
     lines = [f"<h1>{escape(' against '.join(v.name for v in views))}</h1>"]
@@ -98,7 +105,7 @@ def _header(views: list[RunView]) -> str:
         hashes = [name for name in ("images_sha256", "audio_sha256") if a.get(name) is not None]
         same = bool(hashes) and all(a[name] == b.get(name) for name in hashes)
         compared = (a.keys() | b.keys()) - ({"source"} if same else set())      # the same data under two names
-        differing = [k for k in sorted(compared) if a.get(k) != b.get(k)]
+        differing = [k for k in sorted(compared) if differ(a.get(k), b.get(k))]
         if differing:
             lines.append('<p class="flag">The two were not measured alike, so their numbers do not compare: '
                          f"they differ in {escape(', '.join(differing))}.</p>")
