@@ -82,7 +82,11 @@ def means_of(*names: str) -> Callable[[Sequence[dict[str, Any]], int], dict[str,
 
 
 def dnsmos_windows(audio: np.ndarray) -> list[np.ndarray]:
-    """The windows of a clip (samples,), each of 9.01 s; see `DNSMOS`."""
+    """The windows of a clip (samples,), each of 9.01 s; see `DNSMOS`.
+
+    In the published script the ends of some windows (those that begin at 7 to 23 s, and at 119 to 122 s) round down to a sample
+    too few, and it leaves them out, so that of 30 s it hears the first 16. That is kept: its numbers are what others report.
+    """
     length = int(DNSMOS_SECONDS * SAMPLE_RATE)
     while len(audio) < length:
         audio = np.concatenate([audio, audio])
