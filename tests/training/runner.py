@@ -1,4 +1,4 @@
-"""A training run of seconds that still has every part: real photographs, teacher, LPIPS, GAN, two stages."""
+"""Training runs of seconds that still have every part: real photographs or speech, teachers, GAN, two stages."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-# GAN from step 5, stage 2 from step 8 with a fresh discriminator, 12 steps in all
+# RecTok: GAN from step 5, stage 2 from step 8 with a fresh discriminator, 12 steps in all
 SHORT = [
     "name=short", "train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.validate_every=4",
     "data.val_limit=3", "data.size=32", "model.image_size=32", "model.encoder.width=32", "model.encoder.depth=1",
@@ -18,20 +18,36 @@ SHORT = [
     "objective.semantic_decoder.width=32", "objective.semantic_decoder.depth=1", "objective.discriminator_width=8",
     "stages.0.steps=8", "stages.0.warmup=2", "stages.0.starts.gan=5", "stages.1.steps=4", "stages.1.warmup=1",
 ]
+SPEECH = ["name=short", "train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.validate_every=4",
+          "data.val_limit=3", "data.val_seconds=0.5", "data.segment_seconds=0.32"]
+DM_CODEC = [
+    *SPEECH, "model.filters=4", "model.width=16", "model.codebooks=2", "model.codebook_size=16",
+    "stages=[{name: a, steps: 8, lr: 1e-3, weights: {waveform: 500, mel: 1, commitment: 10, distillation: 120, gan: 1, "
+    "feature_matching: 1}, starts: {gan: 5, feature_matching: 5}}, {name: b, steps: 4, lr: 1e-3, parts: [decoder], "
+    "fresh: [discriminators], weights: {waveform: 500, mel: 1, gan: 1}}]",
+]
+LM_SPT = [
+    *SPEECH, "model.semantic_width=4", "model.acoustic_width=4", "model.decoder_width=32", "model.latent=16",
+    "model.auxiliary.width=32", "model.codebooks=3", "objective.teacher_seconds=0.32",
+    "stages=[{name: a, steps: 8, lr: 1e-3, discriminator_lr: 1e-3, discriminator_schedule: constant, weights: {mel: 15, gan: 1, "
+    "feature_matching: 2, distill: 500, acoustic_codebook: 1, semantic_codebook: 1}, starts: {gan: 5, feature_matching: 5}}, "
+    "{name: b, steps: 4, lr: 1e-3, parts: [decoder], fresh: [discriminators], weights: {mel: 15, gan: 1}}]",
+]
+OPTIONS = {"rectok": SHORT, "dm_codec": DM_CODEC, "lm_spt": LM_SPT}
 
 
 class Runner:
-    """Runs `toklab train` in processes of its own, as a person does."""
+    """Runs `toklab train` of a system's tiny recipe, cut short, in processes of its own, as a person does."""
 
-    def __init__(self, out: Path):
-        self.out, self.run = out, out / "rectok-short"
+    def __init__(self, out: Path, system: str = "rectok"):
+        self.out, self.run, self.system = out, out / f"{system}-short", system
 
     def start(self, *options: str, processes: int = 1) -> subprocess.Popen:
         launch = [sys.executable, "-m"]
         if processes > 1:
             launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
                       "--master_port", str(20000 + os.getpid() % 20000), "-m"]
-        command = [*launch, "tokenizers_lab", "train", "rectok/tiny", *SHORT, f"out={self.out}", *options]
+        command = [*launch, "tokenizers_lab", "train", f"{self.system}/tiny", *OPTIONS[self.system], f"out={self.out}", *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                 start_new_session=True)

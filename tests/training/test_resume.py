@@ -31,9 +31,11 @@ def training_losses(runner: Runner) -> list[tuple[int, float]]:
     return [(r["step"], r["loss"]) for r in runner.records() if r["kind"] == "train"]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_killed_and_resumed_is_uninterrupted(tmp_path, processes):
-    undisturbed, disturbed = Runner(tmp_path / "a"), Runner(tmp_path / "b")
+@pytest.mark.parametrize("system, processes", [
+    ("rectok", 1), *(pytest.param(system, n, marks=pytest.mark.slow) for system, n in (
+        ("rectok", 2), ("dm_codec", 1), ("dm_codec", 2), ("lm_spt", 1)))])
+def test_killed_and_resumed_is_uninterrupted(tmp_path, system, processes):
+    undisturbed, disturbed = Runner(tmp_path / "a", system), Runner(tmp_path / "b", system)
     undisturbed.train(processes=processes)
     # one kill before the GAN's start, one after it, one in the second stage; the steps inside these are random
     draw = random.Random()
