@@ -1,11 +1,10 @@
-"""Residual VQ with moving averages: against another library, in closed form, and over processes."""
+"""Residual VQ with moving averages: against another library and in closed form."""
 
 import copy
 import math
 
 import pytest
 import torch
-from torch import multiprocessing
 from torch.nn import functional as F
 
 from tokenizers_lab.draw import Draw
@@ -35,7 +34,7 @@ def test_nearest_is_the_brute_force_answer_also_by_chunks(monkeypatch):
     rows, embed = torch.randn(101, 8), torch.randn(16, 8)
     brute = (rows[:, None] - embed[None]).square().sum(-1).argmin(1)
     assert torch.equal(nearest(rows, embed), brute)
-    monkeypatch.setattr(codebook, "DISTANCES_AT_ONCE", 64)
+    monkeypatch.setattr(codebook, "ON_A_CPU", 64)
     assert torch.equal(nearest(rows, embed), brute)
 
 
@@ -177,31 +176,3 @@ def test_health_in_closed_form():
     half = codebook_health(torch.tensor([[[0, 0, 0, 1]]]), 4)
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert half["perplexity"].item() == pytest.approx(math.exp(entropy))
-
-
-def train_in_processes(rank: int, world: int, folder: str) -> None:
-    """Three training steps on this rank's share of the data; the codebooks are written to the folder."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
-    torch.manual_seed(rank)      # what a rank starts from must not matter once k-means has started the codebooks
-    vq = ResidualVQ(3, 16, 8, kmeans_iterations=5, dead_threshold=1.5).train()
-    for step in range(3):
-        share = vectors(4, 20 + 3 * step, seed=step).chunk(world)[rank]
-        vq(share[..., : 20 + rank], Draw(0, rank, step))
-    torch.save(vq.state_dict(), f"{folder}/rank{rank}.pt")
-    plain = ResidualVQ(3, 16, 8, kmeans_iterations=5).train()
-    plain(vectors(4).chunk(world)[rank], Draw(0, rank))
-    torch.save(plain.state_dict(), f"{folder}/plain{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_codebooks_of_two_processes_are_the_same_bytes(tmp_path):
-    multiprocessing.spawn(train_in_processes, (2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{r}.pt") for r in range(2))
-    assert all(torch.equal(v, second[k]) for k, v in first.items())
-    alone = ResidualVQ(3, 16, 8, kmeans_iterations=5).train()
-    alone(vectors(4), Draw(0))
-    together = torch.load(tmp_path / "plain0.pt")
-    for name, value in alone.state_dict().items():      # two processes see what one would see of all the data
-        torch.testing.assert_close(together[name], value)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from tokenizers_lab.draw import Draw
 
 DISTANCES_AT_ONCE = 1 << 24      # entries of a distance matrix held at a time: 64 MB in float32
+ON_A_CPU = 1 << 21               # the same on a CPU: what stays near the cache, and is not given back to the system each time
 
 
 def wide(x: Tensor) -> Tensor:
@@ -25,8 +26,10 @@ def full_precision(x: Tensor) -> AbstractContextManager[Any]:
 
 def by_rows(function: Callable[[Tensor], Tensor], rows: Tensor, width: int) -> Tensor:
     """function(rows) by chunks of rows, so that a (rows, width) matrix inside it stays small."""
-    step = max(1, DISTANCES_AT_ONCE // max(width, 1))
-    return function(rows) if len(rows) <= step else torch.cat([function(part) for part in rows.split(step)])
+    step = max(1, (ON_A_CPU if rows.device.type == "cpu" else DISTANCES_AT_ONCE) // max(width, 1))
+    if torch.compiler.is_exporting() or len(rows) <= step:      # an export leaves the number of rows open
+        return function(rows)
+    return torch.cat([function(part) for part in rows.split(step)])
 
 
 def nearest(rows: Tensor, embed: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Residual vector quantization (Zeghidour et al. 2021) with codebooks that follow moving averages."""
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,20 +66,22 @@ class ResidualVQ(nn.Module):
                 residual = (residual - value).detach()
             if self.training:
                 assert draw is not None
-                self.move(torch.stack(statistics), rows_of, draw)
+                self.move(statistics, rows_of, draw)
         stacked = torch.stack(codes, 1)
         layer_losses = torch.stack(losses) if losses else x.new_zeros(count)
         return QuantizerResult(
-            quantized=torch.stack(layers).sum(0).to(x.dtype), codes=stacked, layers=layers,
+            quantized=reduce(torch.add, layers).to(x.dtype), codes=stacked, layers=layers,
             losses={"commitment": layer_losses.mean()}, layer_losses={"commitment": layer_losses},
             health=codebook_health(stacked, self.size) | {"dead": self.dead_share()},
         )
 
     @torch.no_grad()
-    def move(self, statistics: Tensor, rows: list[Tensor], draw: Draw) -> None:
-        """One step of the averages; statistics: (layers, size, D + 1) of this rank, summed here over all of them."""
+    def move(self, statistics: list[Tensor], rows: list[Tensor], draw: Draw) -> None:
+        """One step of the averages; statistics: (size, D + 1) of this rank for each layer, summed here over all ranks."""
         if distributed():
-            torch.distributed.all_reduce(statistics)
+            of_all = torch.stack(statistics)
+            torch.distributed.all_reduce(of_all)
+            statistics = list(of_all)
         for i, (of_layer, vectors) in enumerate(zip(statistics, rows)):
             self.book(i).update(of_layer)
             if self.book(i).dead_threshold > 0:
