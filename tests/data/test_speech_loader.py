@@ -9,8 +9,9 @@ from data_audio import encoded, sound, speech_config, write_clips, write_manifes
 
 from tokenizers_lab.data import shards as shards_module
 from tokenizers_lab.data.audio import read_audio
-from tokenizers_lab.data.loader import build_loader, len_samples, validation_batches
+from tokenizers_lab.data.loader import build_loader, len_samples, sample_path, validation_batches
 from tokenizers_lab.errors import CheckpointError, ConfigError, DataError
+from tokenizers_lab.settings import SpeechDataConfig
 
 SIZES = [5, 3, 6, 2]   # 16 clips
 
@@ -237,3 +238,16 @@ def test_changed_data_and_wrong_options(tmp_path):
         build_loader(speech_config(tmp_path / "empty"), 2, 0)
     with pytest.raises(DataError, match=r"a folder of clips, a manifest \(.jsonl.*sample:speech"):
         build_loader(speech_config(tmp_path / "nowhere"), 2, 0)
+
+
+def test_the_teachers_copy_is_the_same_seconds_out_of_the_source():
+    cfg = SpeechDataConfig(train="sample:speech", sample_rate=24_000, teacher_rate=16_000, segment_seconds=0.5, workers=0)
+    batch, _ = next(build_loader(cfg, 3, seed=1))
+    assert batch.audio.shape == (3, 1, 12_000) and batch.teacher_audio.shape == (3, 1, 8_000)
+    folder = sample_path("speech", "train")
+    for key, start, teacher in zip(batch.keys, batch.starts.tolist(), batch.teacher_audio):
+        first = int(start * 16_000 / 24_000)
+        expected = read_audio(folder / key, 16_000)[0][:, first : first + 8_000]      # as in the file, not over 24 kHz and back
+        torch.testing.assert_close(teacher[:, : expected.shape[1]], expected, atol=1e-6, rtol=0)
+    cfg.teacher_rate = None
+    assert next(build_loader(cfg, 3, seed=1))[0].teacher_audio is None

@@ -33,6 +33,7 @@ class SpeechView:
     start: int                         # where in the clip it begins, in samples
     about: dict[str, Any]              # text, speaker, language
     room: int = 0                      # samples that it shall have in a batch at least
+    teacher: Tensor | None = None      # (channels, samples) the same seconds at the teacher's rate, where it has its own
 
 
 class SpeechReader(Reader):
@@ -52,6 +53,8 @@ class SpeechReader(Reader):
             raise ConfigError(f"data.crop is '{cfg.crop}'; it can be {', '.join(CROPS)}")
         if cfg.sample_rate < 1 or cfg.channels < 1 or round(cfg.segment_seconds * cfg.sample_rate) < 1:
             raise ConfigError("data.sample_rate, data.channels and data.segment_seconds must be positive")
+        if cfg.teacher_rate is not None and cfg.teacher_rate < 1:
+            raise ConfigError("data.teacher_rate must be positive")
         if not 0 <= cfg.min_seconds < cfg.max_seconds or (cfg.val_seconds is not None and cfg.val_seconds <= 0):
             raise ConfigError("data.min_seconds must be at least 0 and below data.max_seconds, data.val_seconds positive")
 
@@ -88,13 +91,18 @@ class SpeechReader(Reader):
 
     def training(self, raw: Raw, numbers: Numbers) -> SpeechView:
         """A segment of a clip, or a shorter clip whole. Raises DataError."""
-        wanted = round(self.cfg.segment_seconds * self.cfg.sample_rate)
-        place = {"random": numbers[0], "fixed": view_numbers(0, raw.key)[0], "start": 0.0}[self.cfg.crop]
+        cfg = self.cfg
+        wanted = round(cfg.segment_seconds * cfg.sample_rate)
+        place = {"random": numbers[0], "fixed": view_numbers(0, raw.key)[0], "start": 0.0}[cfg.crop]
         with open_audio(raw.content, raw.name) as file:
-            total = resampled_length(file.info.samples, file.info.sample_rate, self.cfg.sample_rate)
+            total = resampled_length(file.info.samples, file.info.sample_rate, cfg.sample_rate)
             start = int(place * (max(total - wanted, 0) + 1))
-            audio = read_segment(file, start, wanted, self.cfg.sample_rate, self.cfg.channels)
-            return SpeechView(audio, start, raw.about, wanted)      # all training batches have one shape
+            audio = read_segment(file, start, wanted, cfg.sample_rate, cfg.channels)
+            teacher = None
+            if cfg.teacher_rate is not None:      # resampled from the source, not from the other copy
+                first, samples = int(start * cfg.teacher_rate / cfg.sample_rate), round(cfg.segment_seconds * cfg.teacher_rate)
+                teacher = read_segment(file, first, samples, cfg.teacher_rate, cfg.channels)
+            return SpeechView(audio, start, raw.about, wanted, teacher)      # all training batches have one shape
 
     def validation(self, raw: Raw) -> SpeechView:
         """A whole clip, or its beginning. Raises DataError."""
@@ -111,12 +119,17 @@ class SpeechReader(Reader):
         lengths = torch.tensor([view.audio.shape[1] for view in views])
         longest = max(int(lengths.max()), *(view.room for view in views))
         audio = torch.zeros(len(views), self.cfg.channels, longest)
+        teacher = None
+        if all(view.teacher is not None for view in views):
+            teacher = torch.zeros(len(views), self.cfg.channels, round(self.cfg.segment_seconds * (self.cfg.teacher_rate or 0)))
         for i, view in enumerate(views):
             audio[i, :, : view.audio.shape[1]] = view.audio
+            if teacher is not None and view.teacher is not None:
+                teacher[i, :, : view.teacher.shape[1]] = view.teacher
         known = {name: [view.about.get(name) for view in views] for name in ("text", "speaker", "language")}
         return FetchedSpeech(
             keys=keys, audio=audio, lengths=lengths, starts=torch.tensor([view.start for view in views]),
-            texts=known["text"], speakers=known["speaker"], languages=known["language"],
+            texts=known["text"], speakers=known["speaker"], languages=known["language"], teacher=teacher,
         )   # fmt: skip
 
 
@@ -130,7 +143,9 @@ class FetchedSpeech(Fetched):
     texts: list[str | None] = field(default_factory=list)
     speakers: list[str | None] = field(default_factory=list)
     languages: list[str | None] = field(default_factory=list)
+    teacher: Tensor | None = None                                      # (B, channels, samples) at the teacher's rate
 
     def batch(self) -> SpeechBatch:
         """The batch as training sees it."""
-        return SpeechBatch(self.audio, self.lengths, self.keys, self.texts, self.speakers, self.languages, self.starts)
+        return SpeechBatch(
+            self.audio, self.lengths, self.keys, self.texts, self.speakers, self.languages, self.starts, self.teacher)
