@@ -1,7 +1,11 @@
 """One table of several models: the numbers of `toklab eval`, on the same data, with random weights named."""
 
+import html
 import json
+import os
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 
 import diffusers
@@ -145,3 +149,42 @@ def test_command(tmp_path, capsys):
     assert call([*command, "--size", "32"]) == 2 and "--size is for images" in capsys.readouterr().err
     assert call(["compare", "dac:random-tiny", "--data", "sample:speech"]) == 2
     assert "two models or more" in capsys.readouterr().err
+
+
+PROBE = """<script>
+window.addEventListener('load', () => {
+  const names = () => [...document.querySelectorAll('.sortable tbody tr')].map(row => row.cells[0].dataset.value);
+  const heads = [...document.querySelectorAll('.sortable th')], seen = [names()];
+  for (const column of [1, 1, 2, 0]) {
+    heads[column].firstElementChild.click();
+    seen.push([heads[column].getAttribute('aria-sort'), ...names()]);
+  }
+  document.body.dataset.seen = JSON.stringify(seen);
+});
+</script>"""
+
+
+@pytest.mark.browser
+def test_a_click_sorts(result, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("chromium is not installed")
+        pytest.skip("needs chromium")
+    page = tmp_path / "page.html"
+    page.write_text(comparison_page(result).replace("</main>", f"</main>{PROBE}"))
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
+               "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = re.search(r'data-seen="([^"]*)"', dom)
+    seen = json.loads(html.unescape(found.group(1)))
+    rows = {row["label"]: row["metrics"] for row in result["rows"]}
+
+    def ordered(metric, sign):
+        known = [label for label in rows if metric in rows[label]]
+        return sorted(known, key=lambda label: sign * rows[label][metric]["value"]) + [x for x in rows if x not in known]
+
+    assert seen[0] == list(rows)
+    assert seen[1] == ["ascending", *ordered("mel", 1)] and seen[2] == ["descending", *ordered("mel", -1)]
+    assert seen[3] == ["descending", *ordered("sisdr", -1)]      # the better side first; what has no value stays last
+    assert seen[4] == ["ascending", "mean mel", "mimi:random-tiny", "other", "ours"]
