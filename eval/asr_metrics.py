@@ -1,12 +1,10 @@
 """Intelligibility: error rates of what a recognizer hears in a reconstruction, against a transcript, for the table of metrics."""
 
-import csv
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ from .wer import EditCounts, character_edits, summarise_edits, word_edits
 
 EDITS: dict[str, Callable[[str, str], EditCounts]] = {"words": word_edits, "characters": character_edits}
 COUNTS = tuple(field.name for field in fields(EditCounts))
-CSV_COLUMNS = ("row", "key", "language", "wer", *COUNTS, "reference", "hypothesis")
 
 
 class Transcriber:
@@ -107,25 +104,3 @@ def summarise(values: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     if "hypothesis" not in each[0]:
         del summary["wil"]      # a measure of words
     return {**summary, "normalisers": sorted({cell["normaliser"] for cell in each})}
-
-
-def utterances(result: dict[str, Any], metric: str = "wer") -> list[dict[str, Any]]:
-    """One dict of CSV_COLUMNS for each row and clip of a speech result that was measured: counts and both texts."""
-    lines = []
-    for row in result["rows"]:
-        found = row["metrics"].get(metric, {})
-        for clip, rate, detail in zip(result["clips"], found.get("per_clip", []), found.get("details", [])):
-            for cell in detail.get("channels", [detail]) if rate is not None else []:
-                line = {"row": row["label"], "key": clip["key"], "language": clip["language"], metric: cell.get("value", rate)}
-                lines.append(line | {name: cell[name] for name in (*COUNTS, "reference", "hypothesis") if name in cell})
-    return lines
-
-
-def write_utterances(result: dict[str, Any], path: Path) -> Path:
-    """`utterances` as CSV with a header, UTF-8. Returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, CSV_COLUMNS)
-        writer.writeheader()
-        writer.writerows(utterances(result))
-    return path
