@@ -70,12 +70,13 @@ class PairMeter:
             return
         held = self._mel.take(length)
         mels = log_mel_spectrogram(held[:, None], MEL_RATE)                      # (2, bands, frames)
-        begin = MEL_WINDOW // 2 // MEL_HOP if self._mel_begun else 0             # frames before it were known already
+        begin = MEL_WINDOW // MEL_HOP if self._mel_begun else 0                  # frames before it were known already
         end = mels.shape[2] if last else (length - MEL_WINDOW // 2) // MEL_HOP + 1
         self._mel_sum += (mels[0] - mels[1])[:, begin:end].abs().sum(dtype=torch.float64).item()
         self._mel_frames += end - begin
         if not last:
-            self._mel.add(held[:, end * MEL_HOP - MEL_WINDOW // 2 :])
+            # Half a window would do for the frames, but less than a whole one would be padded at the end.
+            self._mel.add(held[:, end * MEL_HOP - MEL_WINDOW :])
             self._mel_begun = True
 
     def _si_sdr(self) -> float:

@@ -20,7 +20,7 @@ from tokenizers_lab.tokenizer import SpeechTokenizer
 from .encoded import Encoded
 from .sound_meter import Clock, PairMeter
 
-LOUD = 1.5                   # peaks above 1 are clipped; above this, as no lossy format makes them, with a warning
+LOUD = 2.5                   # peaks above 1 are clipped; above this, which neither lossy formats nor resampling make, one is told
 FRAMES_AT_ONCE = 1024        # of stored codes that are handed over at a time
 CODE_TYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 Advance = Callable[[float], None]
