@@ -32,7 +32,7 @@ MODEL_LABEL = "trained (EMA weights)"
 EXAMPLE_COUNT, CLIP_COUNT = 16, 6     # pictures, clips that are kept to listen to
 METRICS = {
     "image": ("psnr", "ssim", "lpips"),
-    "speech": ("mel", "sisdr", "stoi", "pesq", "usage", "bitrate"),     # those that take seconds; wer and the like by name
+    "speech": ("mel", "sisdr", "stoi", "pesq_wb", "usage", "bitrate"),     # those that take seconds; wer and the like by name
 }
 
 

@@ -40,7 +40,7 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     console = console or Console()
     run, noun = summary["run"], NOUNS[summary["kind"].split()[0]]
     table = Table(title=f"{run['system']}-{run['name']}: {run['status']}, {summary['n']} held-out {noun}", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     names = list(summary["rows"][0]["metrics"])
     titles = {name: summary["rows"][0]["metrics"][name]["title"] for name in names}
     for name in names:
