@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from tokenizers_lab.tokenizer import ImageTokenizer, SpeechTokenizer
 
 T = TypeVar("T")
@@ -111,26 +114,26 @@ def say(text: str = "") -> None:
     print(text)
 
 
-def show_progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """The items, with a bar on stderr where that is a terminal."""
+def terminal_bar() -> "Progress":
+    """A bar on stderr that is seen only where that is a terminal, and is gone in the end."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield from items
-        return
-    yield from track(items, what, total=total, console=console, transient=True)
+    # Lines on stdout go past the bar, and through it only where both are the same terminal: a pipe must get them.
+    return Progress(console=console, transient=True, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty())
+
+
+def show_progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """The items, with a bar on stderr where that is a terminal."""
+    with terminal_bar() as bar:
+        yield from bar.track(items, total=total, description=what)
 
 
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[float], None]]:
     """A bar on stderr, where that is a terminal, over `total` files; gives a function that adds a share of a file."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with terminal_bar() as bar:
         task = bar.add_task(what, total=total)
         yield lambda share: bar.advance(task, share)
 
