@@ -2,7 +2,8 @@
 
 Local networks (`tokenizer.local`: LM-SPT, DM-Codec without LSTMs): the joined pieces are what `encode` and `decode` make of the
 whole, the codes equal and the audio within 1e-5. Every layer keeps what its next outputs still need, so that nothing is
-computed twice and padding is put only at the true start and end.
+computed twice and padding is put only at the true start and end. Sums are in another order: in float32 a code at the border of
+two may move (untrained DM-Codec, whose entries lie close: 10 of 26,802; LM-SPT: none seen), in float64 none did.
 
 Other networks: an LSTM of one direction (DM-Codec's decoder) carries its state on, which is as exact. Of an LSTM of both
 directions (DM-Codec's encoder) the backward one starts anew at least `context` seconds behind what is given out, in every

@@ -1,6 +1,6 @@
 """Live audio to codes and back with causal networks (`tokenizer.causal`): pieces of any size in, what is ready out.
 
-The joined outputs are those of `encode` and `decode`, the codes equal and the audio within 1e-5. The latency is one frame in the
+The joined outputs are those of `encode` and `decode`, as exact as in `tokenizers_lab.chunks`. The latency is one frame in the
 encoder (its codes are there as soon as its last sample is) and none in the decoder: there is no look-ahead. A piece costs what
 its own samples cost, however long the stream has run; each layer keeps its last few inputs.
 """
