@@ -22,6 +22,7 @@ from tokenizers_lab.quantizers.bsq import BinaryQuantizer
 from tokenizers_lab.quantizers.residual import ResidualVQ
 
 GOAL_TRAINING, GOAL_EVAL = 0.5, 1.0
+SHORTEST = 0.05      # seconds of a turn
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--threads", type=int, default=1)
@@ -85,33 +86,36 @@ def run_theirs(network: torch.nn.Module, rows: Tensor) -> None:
         (values.mean() + loss.sum()).backward()
 
 
-def seconds(function: Callable[[], None]) -> float:
-    """Processor time of a call on a CPU, which does not count waiting for other programs; wall-clock time on a GPU."""
-    if device.type == "cpu":
-        start = time.process_time()
+def seconds(function: Callable[[], None], calls: int = 1) -> float:
+    """Processor time of calls on a CPU, which does not count waiting for other programs; wall-clock time on a GPU."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    for _ in range(calls):
         function()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
 
 
 def measure(case: str, training: bool) -> tuple[list[float], list[float]]:
-    """Seconds of both in each turn: what a call takes, the mean of CALLS where one is short."""
+    """Seconds of a call of both in each turn; short ones are called many times in a turn."""
     build, shape = CASES[case]
     ours, theirs = (network.to(device).train(training) for network in build())
     x = torch.randn(shape, device=device, requires_grad=training)
     rows = x.detach().transpose(1, 2).contiguous().requires_grad_(training)
     took: tuple[list[float], list[float]] = ([], [])
+    calls = [1, 1]
     with torch.set_grad_enabled(training):
         for turn in range(args.repeats + 1):
             pairs = [(0, lambda: run_ours(ours, x, turn)), (1, lambda: run_theirs(theirs, rows))]      # noqa: B023
             for which, function in pairs if turn % 2 == 0 else pairs[::-1]:
-                time_taken = seconds(function)
-                if turn:      # the first one warms up
-                    took[which].append(time_taken)
+                if turn == 0:      # warms up, and tells how long a call takes
+                    function()
+                    calls[which] = max(1, round(SHORTEST / max(seconds(function), 1e-6)))
+                else:
+                    took[which].append(seconds(function, calls[which]) / calls[which])
     return took
 
 

@@ -1,5 +1,6 @@
 """Losses of DM-Codec (arXiv 2410.15017, sec. 3): reconstruction, adversarial, commitment, and distillation by two teachers."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from tokenizers_lab.losses.adversarial import (
 )
 from tokenizers_lab.losses.spectral import MultiScaleMelLoss
 from tokenizers_lab.quantizers.result import QuantizerResult
+from tokenizers_lab.teachers.cache import FeatureSource
 from tokenizers_lab.training.objective import Judge, Losses, Objective
 
 from .config import ModelConfig, ObjectiveConfig, check_objective
@@ -54,6 +56,7 @@ class DMCodecObjective(Objective):
     def __init__(self, cfg: ObjectiveConfig, model: ModelConfig, build_frozen: bool = True):
         super().__init__(cfg)
         check_objective(cfg, model)
+        self.hop = math.prod(model.strides)      # samples of a frame
         self.heads["transform"] = build_transform(model.width, cfg.teacher_width)
         sizes = cfg.discriminators
         self.discriminators["mpd"] = MultiPeriodDiscriminator(sizes.periods, sizes.period_channels)
@@ -137,13 +140,38 @@ class DMCodecObjective(Objective):
         audio = batch.audio.mean(1)
         if name == "sm":
             return teacher.features(audio)
-        texts = getattr(batch, "texts", None)
-        if texts is None or any(text is None for text in texts):
-            if "recognizer" not in self.frozen:
-                raise ConfigError("the language model needs transcripts: put them into the manifest, or name a recognizer")
-            recognizer: Any = self.frozen["recognizer"]
-            texts = recognizer.transcribe(audio)
-        return teacher.features(texts, frames)
+        return teacher.features(self.transcripts(batch), frames)
+
+    def transcripts(self, batch: Any) -> list[str]:
+        """The batch's texts, recognized where the data have none. Raises ConfigError without a recognizer."""
+        texts = list(getattr(batch, "texts", None) or [None] * len(batch.audio))
+        unknown = [i for i, text in enumerate(texts) if text is None]
+        if unknown and "recognizer" not in self.frozen:
+            raise ConfigError("the language model needs transcripts: put them into the manifest, or name a recognizer")
+        recognizer: Any = self.frozen["recognizer"] if unknown else None
+        for i, text in zip(unknown, recognizer.transcribe(batch.audio[unknown].mean(1)) if unknown else []):
+            texts[i] = text
+        return texts
+
+    # --- features for the disk (`toklab features`) ------------------------------------------------------------------------
+
+    def feature_sources(self) -> dict[str, FeatureSource]:
+        """What decides each teacher's features; a teacher that was not built is known by its settings alone."""
+        cfg, found = self.cfg, {}
+        for name, teacher in (("sm", cfg.speech_teacher), ("lm", cfg.language_teacher)):
+            if name in self.guides():
+                settings: dict[str, Any] = {"source": teacher.source, "layer": teacher.layer}
+                networks = [f"teacher_{name}"]
+                if name == "lm":
+                    settings |= {"recognizer": cfg.recognizer.source, "hop": self.hop}
+                    networks.append("recognizer")
+                found[name] = FeatureSource(settings, [self.frozen[n] for n in networks if n in self.frozen])
+        return found
+
+    def precompute(self, batch: Any) -> dict[str, Tensor]:
+        """Each teacher's features (B, T, teacher width) of a batch's segments, as training without them would compute them."""
+        frames = -(-batch.audio.shape[-1] // self.hop)
+        return {name: self.target(name, batch, frames) for name in self.guides()}
 
     # --- losses -----------------------------------------------------------------------------------------------------------
 

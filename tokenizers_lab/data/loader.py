@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, overload
@@ -20,12 +21,12 @@ from tokenizers_lab.data.reading import Reader
 from tokenizers_lab.data.sampling import spread
 from tokenizers_lab.data.shards import ShardBatches, ShardValidation, fingerprint
 from tokenizers_lab.data.sources import Source, resolve_source, sample_path
-from tokenizers_lab.data.speech import SpeechReader
+from tokenizers_lab.data.speech import FixedCrops, SpeechReader
 from tokenizers_lab.data.transforms import fit_image
 from tokenizers_lab.errors import CheckpointError, ConfigError, DataError
 from tokenizers_lab.settings import ImageDataConfig, SpeechDataConfig
 
-__all__ = ["Loader", "build_loader", "fit_image", "len_samples", "read_image", "sample_path", "validation_batches"]
+__all__ = ["Loader", "build_loader", "fit_image", "fixed_crops", "len_samples", "read_image", "sample_path", "validation_batches"]
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ def build_loader(
     Raises ConfigError, DataError if there are no data, CheckpointError if `state` does not fit the data or the processes.
     """
     reader = checked_reader(cfg)
+    reader.prepare()
     source = find_source(reader, cfg.train, "train")
     state = dict(state or {})
     dataset: Dataset
@@ -145,14 +147,33 @@ def validation_batches(
     if cfg.val is None:
         raise ConfigError("there is no validation data; name it in data.val")
     source = find_source(reader, cfg.val, "val")
+    return _in_order(reader, source, cfg.val_limit, cfg.workers, batch_size, rank, world, on_bad)
+
+
+def fixed_crops(
+    cfg: SpeechDataConfig, batch_size: int, rank: int = 0, world: int = 1, on_bad: OnBad | None = None
+) -> Iterator[SpeechBatch]:
+    """Every training clip once over all ranks, in order, as the segment that training always hears of it.
+
+    on_bad: see `validation_batches`. Raises ConfigError if data.crop is random, DataError.
+    """
+    reader = FixedCrops(replace(cfg, features=None))
+    reader.check()
+    return _in_order(reader, find_source(reader, cfg.train, "train"), None, cfg.workers, batch_size, rank, world, on_bad)
+
+
+def _in_order(
+    reader: Reader, source: Source, limit: int | None, workers: int, batch_size: int, rank: int, world: int, on_bad: OnBad | None
+) -> Iterator[Any]:
+    """What the reader's `validation` gives of each sample of a rank."""
     if not source.shards:
         listing = reader.listing(source)
-        mine = spread(len(listing), cfg.val_limit)[rank::world]
+        mine = spread(len(listing), limit)[rank::world]
         dataset = ListedValidation(listing, reader, batch_size, mine, on_bad is not None)
-        workers = min(cfg.workers, len(dataset)) if len(mine) >= WORTH_WORKERS else 0
+        workers = min(workers, len(dataset)) if len(mine) >= WORTH_WORKERS else 0
         return _validate(Fetcher(dataset, workers, range(len(dataset))), on_bad)
-    shards = ShardValidation(source.shards, reader, cfg.val_limit, batch_size, rank, world, on_bad is not None)
-    return _validate(Fetcher(shards, cfg.workers), on_bad)
+    shards = ShardValidation(source.shards, reader, limit, batch_size, rank, world, on_bad is not None)
+    return _validate(Fetcher(shards, workers), on_bad)
 
 
 def checked_reader(cfg: DataConfig) -> Reader:

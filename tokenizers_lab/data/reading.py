@@ -44,6 +44,9 @@ class Reader(ABC):
     def check(self) -> None:
         """Raises ConfigError if options of the config contradict each other."""
 
+    def prepare(self) -> None:      # noqa: B027 most kinds need nothing
+        """Called before training, after `check`. Raises ConfigError if what training needs beside the samples is not there."""
+
     @abstractmethod
     def listing(self, source: Source) -> Listing:
         """The samples of a folder or a manifest. Raises DataError if there is none."""

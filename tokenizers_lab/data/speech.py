@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tokenizers_lab.data.sampling import view_numbers
 from tokenizers_lab.data.sources import Source
 from tokenizers_lab.errors import ConfigError, DataError
 from tokenizers_lab.settings import SpeechDataConfig
+from tokenizers_lab.teachers.cache import Crop, FeatureFolder, open_features
 
 SOUND_PARTS = ("flac", "wav", "mp3", "ogg", "opus")
 CROPS = ("random", "fixed", "start")
@@ -34,6 +36,8 @@ class SpeechView:
     about: dict[str, Any]              # text, speaker, language
     room: int = 0                      # samples that it shall have in a batch at least
     teacher: Tensor | None = None      # (channels, samples) the same seconds at the teacher's rate, where it has its own
+    features: dict[str, Tensor] = field(default_factory=dict)   # (frames, D) each, where they are on disk
+    trouble: str | None = None         # why they could not be read, which ends the run: the clip itself is whole
 
 
 class SpeechReader(Reader):
@@ -45,18 +49,26 @@ class SpeechReader(Reader):
 
     def __init__(self, cfg: SpeechDataConfig):
         self.cfg = cfg
+        self.features: dict[str, FeatureFolder] = {}
 
     def check(self) -> None:
         """Raises ConfigError if an option is out of its range."""
         cfg = self.cfg
         if cfg.crop not in CROPS:
             raise ConfigError(f"data.crop is '{cfg.crop}'; it can be {', '.join(CROPS)}")
+        if cfg.features and cfg.crop == "random":
+            raise ConfigError("data.features are of known crops: set data.crop=fixed or data.crop=start, not random")
         if cfg.sample_rate < 1 or cfg.channels < 1 or round(cfg.segment_seconds * cfg.sample_rate) < 1:
             raise ConfigError("data.sample_rate, data.channels and data.segment_seconds must be positive")
         if cfg.teacher_rate is not None and cfg.teacher_rate < 1:
             raise ConfigError("data.teacher_rate must be positive")
         if not 0 <= cfg.min_seconds < cfg.max_seconds or (cfg.val_seconds is not None and cfg.val_seconds <= 0):
             raise ConfigError("data.min_seconds must be at least 0 and below data.max_seconds, data.val_seconds positive")
+
+    def prepare(self) -> None:
+        """Opens the folder of the teachers' features, if there is one. Raises ConfigError if it does not fit the config."""
+        if self.cfg.features:
+            self.features = open_features(Path(self.cfg.features).expanduser(), crop_options(self.cfg))
 
     def listing(self, source: Source) -> ClipListing:
         """The clips of a folder or a manifest that are within the limits. Raises DataError."""
@@ -102,7 +114,13 @@ class SpeechReader(Reader):
             if cfg.teacher_rate is not None:      # resampled from the source, not from the other copy
                 first, samples = int(start * cfg.teacher_rate / cfg.sample_rate), round(cfg.segment_seconds * cfg.teacher_rate)
                 teacher = read_segment(file, first, samples, cfg.teacher_rate, cfg.channels)
-            return SpeechView(audio, start, raw.about, wanted, teacher)      # all training batches have one shape
+            view = SpeechView(audio, start, raw.about, wanted, teacher)      # all training batches have one shape
+        crop = Crop(raw.key, start, wanted, cfg.sample_rate, raw.about.get("text"))
+        try:
+            view.features = {name: folder.read(crop, audio) for name, folder in self.features.items()}
+        except DataError as error:
+            view.trouble = str(error)
+        return view
 
     def validation(self, raw: Raw) -> SpeechView:
         """A whole clip, or its beginning. Raises DataError."""
@@ -126,11 +144,35 @@ class SpeechReader(Reader):
             audio[i, :, : view.audio.shape[1]] = view.audio
             if teacher is not None and view.teacher is not None:
                 teacher[i, :, : view.teacher.shape[1]] = view.teacher
+        features: dict[str, Tensor] = {}
+        trouble = next((view.trouble for view in views if view.trouble), None)
+        if trouble is None and all(view.features for view in views):
+            features = {name: torch.stack([view.features[name] for view in views]) for name in views[0].features}
         known = {name: [view.about.get(name) for view in views] for name in ("text", "speaker", "language")}
         return FetchedSpeech(
             keys=keys, audio=audio, lengths=lengths, starts=torch.tensor([view.start for view in views]),
-            texts=known["text"], speakers=known["speaker"], languages=known["language"], teacher=teacher,
+            texts=known["text"], speakers=known["speaker"], languages=known["language"], teacher=teacher, features=features,
+            error=trouble,
         )   # fmt: skip
+
+
+def crop_options(cfg: SpeechDataConfig) -> dict[str, Any]:
+    """The options that decide what a training segment is."""
+    return {name: getattr(cfg, name) for name in ("crop", "segment_seconds", "sample_rate", "channels")}
+
+
+class FixedCrops(SpeechReader):
+    """Gives, in place of whole clips, the segment that training with the same config always hears of each."""
+
+    def check(self) -> None:
+        """Raises ConfigError if an option is out of its range, or if the crops are random."""
+        super().check()
+        if self.cfg.crop == "random":
+            raise ConfigError("only known crops can be computed beforehand: set data.crop=fixed or data.crop=start, not random")
+
+    def validation(self, raw: Raw) -> SpeechView:
+        """The training segment. Raises DataError."""
+        return self.training(raw, (0.0, 0.0, 0.0, 0.0))
 
 
 @dataclass
@@ -144,8 +186,16 @@ class FetchedSpeech(Fetched):
     speakers: list[str | None] = field(default_factory=list)
     languages: list[str | None] = field(default_factory=list)
     teacher: Tensor | None = None                                      # (B, channels, samples) at the teacher's rate
+    features: dict[str, Tensor] = field(default_factory=dict)          # name: (B, frames, D)
+
+    def pin_memory(self) -> "FetchedSpeech":
+        """Called by DataLoader's pinning thread."""
+        super().pin_memory()
+        self.features = {name: value.pin_memory() for name, value in self.features.items()}
+        return self
 
     def batch(self) -> SpeechBatch:
         """The batch as training sees it."""
         return SpeechBatch(
-            self.audio, self.lengths, self.keys, self.texts, self.speakers, self.languages, self.starts, self.teacher)
+            self.audio, self.lengths, self.keys, self.texts, self.speakers, self.languages, self.starts, self.teacher,
+            self.features)

@@ -35,7 +35,7 @@ class LibraryQuantizer(nn.Module):
             raise ConfigError(f"the quantizer '{name}' needs a package: pip install vector-quantize-pytorch") from None
         random = [key for key in DRAWING if options.get(key)]
         if random:
-            raise ConfigError(f"the quantizer '{name}' cannot have {random[0]}: it would draw from the global seed, not the step's")
+            raise ConfigError(f"the quantizer '{name}' cannot have {random[0]}: it draws from the global seed, not the step's")
         class_name, self.residual = FLAVOURS[name]
         try:
             self.network: Any = getattr(library, class_name)(**options)
