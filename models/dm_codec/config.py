@@ -24,6 +24,7 @@ class ModelConfig:
     lstm_layers: int = 2              # in the encoder and in the decoder; 0: none
     bidirectional: bool = True        # the encoder's LSTM; the decoder's has one direction
     activation: str = "elu"           # elu or snake
+    init_gain: float = 1.0            # first weights of convolutions are PyTorch's times this; √3 keeps a signal's variance
     codebooks: int = 8                # K
     codebook_size: int = 1024         # entries of a codebook
     decay: float = 0.99               # of the codebooks' moving averages
@@ -97,6 +98,8 @@ def check_model(cfg: ModelConfig, where: str = "model") -> None:
     for name in sizes:
         if getattr(cfg, name) < 1:
             raise ConfigError(f"{where}.{name} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.init_gain <= 0:
+        raise ConfigError(f"{where}.init_gain must be above 0, not {cfg.init_gain:g}")
     if not cfg.strides or min(cfg.strides) < 1:
         raise ConfigError(f"{where}.strides must be whole numbers from 1, not {list(cfg.strides)}")
     if cfg.filters < 2 and cfg.residual_layers:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenizers_lab.nn.norm import scale_weight_norms
 from tokenizers_lab.nn.seanet import SEANetDecoder, SEANetEncoder
 from tokenizers_lab.nn.streams import InTurn, Pointwise, Stream
 from tokenizers_lab.quantizers.residual import ResidualVQ
@@ -39,6 +40,7 @@ class DMCodec(SpeechTokenizer):
             dead_threshold=cfg.dead_threshold, released_start=cfg.released_start,
         )
         self.decoder = SEANetDecoder(cfg.width, **shared)
+        scale_weight_norms(self, cfg.init_gain)
 
     def encode(self, audio: Tensor, lengths: Tensor | None = None, codebooks: int | None = None) -> SpeechEncoding:
         """Codes (B, K, T), T = ⌈samples / hop⌉. codebooks: only the first so many. Raises InputError on unusable audio.

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 
 class RMSNorm(nn.Module):
@@ -20,3 +21,11 @@ class RMSNorm(nn.Module):
         """x: (..., width). Returns the same shape and type."""
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+
+@torch.no_grad()
+def scale_weight_norms(module: nn.Module, factor: float) -> None:
+    """Multiply the weights of every weight-normed layer inside `module` by a factor, in place."""
+    for layer in module.modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            layer.parametrizations["weight"].original0.mul_(factor)      # type: ignore[index,union-attr]
