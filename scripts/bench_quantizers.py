@@ -121,7 +121,8 @@ def measure(case: str, training: bool) -> tuple[list[float], list[float]]:
 
 machine = environment()
 print(f"{machine['processor'] if device.type == 'cpu' else torch.cuda.get_device_name()}, {args.threads} threads; "
-      f"torch {machine['packages']['torch']}; medians of {args.repeats} turns, quartiles of the ratio in brackets\n")
+      f"torch {machine['packages']['torch']}; {'processor' if device.type == 'cpu' else 'wall-clock'} time, medians of {args.repeats} "
+      "turns, quartiles of the ratio in brackets\n")
 print("| quantizer | mode | ours, ms | vector-quantize-pytorch, ms | ratio | goal |\n|---|---|---|---|---|---|")
 good = True
 for case in CASES:
@@ -134,5 +135,5 @@ for case in CASES:
         goal = GOAL_TRAINING if training else GOAL_EVAL
         good = good and middle <= goal
         print(f"| {case} | {'training' if training else 'eval'} | {1000 * statistics.median(mine):.1f} | "
-              f"{1000 * statistics.median(other):.1f} | {middle:.2f} ({low:.2f} to {high:.2f}) | ≤ {goal} |", flush=True)
+              f"{1000 * statistics.median(other):.1f} | {middle:.2g} ({low:.2g} to {high:.2g}) | ≤ {goal} |", flush=True)
 sys.exit(0 if good else 1)
