@@ -121,8 +121,8 @@ def measure(case: str, training: bool) -> tuple[list[float], list[float]]:
 
 machine = environment()
 print(f"{machine['processor'] if device.type == 'cpu' else torch.cuda.get_device_name()}, {args.threads} threads; "
-      f"torch {machine['packages']['torch']}; {'processor' if device.type == 'cpu' else 'wall-clock'} time, medians of {args.repeats} "
-      "turns, quartiles of the ratio in brackets\n")
+      f"torch {machine['packages']['torch']}; {'processor' if device.type == 'cpu' else 'wall-clock'} time, medians of "
+      f"{args.repeats} turns, quartiles of the ratio in brackets\n")
 print("| quantizer | mode | ours, ms | vector-quantize-pytorch, ms | ratio | goal |\n|---|---|---|---|---|---|")
 good = True
 for case in CASES:
