@@ -4,12 +4,14 @@ python scripts/bench_codecs.py [--threads N] [--seconds S] [--rounds R] [--only 
 
 All networks have random weights, on which speed does not depend, at their full size: DM-Codec and LM-SPT as released, EnCodec
 24 kHz, Mimi, DAC 16 kHz. Real-time factor: seconds of computation for each second of sound, below 1 is faster than real time.
+With one thread, processor time is what a quiet machine's clock would show; the clock also counts what other programs take.
 Below them stand pairs of one shape, the same layers and sizes in our code and in transformers', and the ratio of their
 processor times: ours / theirs, each round its own. Goal: at most 1. The sound is sample speech at each codec's rate.
 """
 
 import argparse
 import statistics
+import sys
 import time
 
 import torch
@@ -102,13 +104,14 @@ with torch.inference_mode():
             if number:      # the first one warms up
                 times[name]["encode"].append(encode)
                 times[name]["decode"].append(decode)
-        console.print(f"round {number} of {args.rounds}", style="dim")
+        print(f"round {number} of {args.rounds}", file=sys.stderr)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------------
 def real_time(name, part):
-    """Median real-time factor by the clock."""
-    return statistics.median(wall for wall, _ in times[name][part]) / args.seconds
+    """Median real-time factor by processor time, and by the clock."""
+    wall, processor = (statistics.median(column) / args.seconds for column in zip(*times[name][part]))
+    return f"{processor:.3f} ({wall:.3f})"
 
 
 def ratio(ours, theirs, part):
@@ -132,12 +135,12 @@ def show(title, heads, rows):
 
 machine = environment()
 show(
-    f"{args.seconds:g} s of speech, {args.threads} thread(s), {machine['processor']}, torch {torch.__version__}, random weights, "
-    f"median of {args.rounds} rounds in turns",
-    ["codec", "parameters", "Hz", "frames/s", "codebooks", "encode RTF", "decode RTF"],
+    f"{args.seconds:g} s of speech, {args.threads} thread(s), {machine['processor']}, torch {torch.__version__}, random weights; "
+    f"real-time factors: processor time, in brackets by the clock; median of {args.rounds} rounds in turns",
+    ["codec", "parameters", "Hz", "frames/s", "codebooks", "encode", "decode"],
     [[name, f"{sum(p.numel() for p in system.parameters()) / 1e6:.1f} M", str(system.sample_rate),
-      f"{system.sample_rate / system.hop:g}", str(system.codebooks), f"{real_time(name, 'encode'):.3f}",
-      f"{real_time(name, 'decode'):.3f}"] for name, system in systems.items()])
+      f"{system.sample_rate / system.hop:g}", str(system.codebooks), real_time(name, "encode"),
+      real_time(name, "decode")] for name, system in systems.items()])
 show("ours / transformers, processor time, quartiles of the rounds in brackets (goal: at most 1)", ["shape", "encode", "decode"],
      [[shape, *(ratio(f"{shape}: ours", f"{shape}: transformers", part) for part in ("encode", "decode"))] for shape in pairs])
 for name, reason in absent.items():
