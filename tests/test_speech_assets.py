@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 
 import tokenizers_lab
@@ -148,3 +149,18 @@ def test_networks_of_metrics_are_whole():
     quality, _ = find_state_dict("distillmos")
     assert len(quality) == 120 and all(value.isfinite().all() for value in quality.values() if value.is_floating_point())
     assert {file.name for file in find("dnsmos").path.iterdir()} == {"sig_bak_ovr.onnx", "model_v8.onnx"}
+
+
+@pytest.mark.parametrize("kind", ["Hubert", "WavLM", "Wav2Vec2Bert"])
+def test_self_supervised_teachers_of_a_folder_hear_50_frames_a_second(tmp_path, kind):
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, conv_dim=(8,) * 7, conv_depthwise_kernel_size=3, output_hidden_size=16)
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    audio = 0.1 * torch.randn(2, 16_000, generator=torch.Generator().manual_seed(1))
+    teacher = build_ssl_teacher(str(tmp_path), layer=1)
+    features = teacher.features(audio)
+    assert features.shape == (2, 49, 16) and features.isfinite().all() and teacher.width == 16
+    torch.testing.assert_close(teacher.features(audio[1:]), features[1:], atol=1e-5, rtol=1e-4)      # each clip as if alone
+    assert (build_ssl_teacher(str(tmp_path), layer=-1).features(audio) - features).abs().max() > 1e-3

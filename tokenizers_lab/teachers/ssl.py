@@ -89,6 +89,18 @@ class WhisperSSLTeacher(SSLTeacher):
         return torch.cat(heard, dim=2)
 
 
+class W2vBertTeacher(SSLTeacher):
+    """w2v-BERT 2.0 as a teacher: it takes log-mels of two frames at a time (160 values), 50 a second."""
+
+    def input_values(self, audio: Tensor) -> Tensor:
+        """Its inputs (B, frames, 160) of audio (B, T), at least 400 samples: transformers' own front end, clip by clip."""
+        from transformers import SeamlessM4TFeatureExtractor
+
+        clips = [clip.cpu().numpy() for clip in audio.float()]
+        features = SeamlessM4TFeatureExtractor()(clips, sampling_rate=SAMPLE_RATE, padding=False, return_tensors="pt")
+        return features["input_features"].to(audio.device)
+
+
 class CTCRecognizer(nn.Module):
     """Transcripts of 16 kHz audio by a CTC network and its tokenizer."""
 
@@ -131,12 +143,14 @@ def build_ssl_teacher(source: str, layer: int = AVERAGE) -> SSLTeacher:
         return WhisperSSLTeacher(whisper.network.get_encoder(), layer, f"{whisper.provenance}; stands in for HuBERT")
     folder = local_folder(source)
     try:
-        if AutoConfig.from_pretrained(folder).model_type == "whisper":
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind == "whisper":
             return WhisperSSLTeacher(whisper_encoder(source), layer, f"{source} (transformers)")
         network = AutoModel.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise missing_teacher(source, error) from error
-    return SSLTeacher(network, layer, f"{source} (transformers)")
+    teacher = W2vBertTeacher if kind == "wav2vec2-bert" else SSLTeacher
+    return teacher(network, layer, f"{source} (transformers)")
 
 
 def build_recognizer(source: str) -> CTCRecognizer:
