@@ -149,8 +149,9 @@ class DMCodecObjective(Objective):
         return teacher.features(self.transcripts(batch), frames)
 
     def transcripts(self, batch: Any) -> list[str]:
-        """The batch's texts, recognized where the data have none. Raises ConfigError without a recognizer."""
-        texts = list(getattr(batch, "texts", None) or [None] * len(batch.audio))
+        """The batch's texts; recognized where the data have none or the config asks. Raises ConfigError without a recognizer."""
+        known = getattr(batch, "texts", None) if self.cfg.texts == "manifest" else None
+        texts = list(known or [None] * len(batch.audio))
         unknown = [i for i, text in enumerate(texts) if text is None]
         if unknown and "recognizer" not in self.frozen:
             raise ConfigError("the language model needs transcripts: put them into the manifest, or name a recognizer")
@@ -169,7 +170,7 @@ class DMCodecObjective(Objective):
                 settings: dict[str, Any] = {"source": teacher.source, "layer": teacher.layer}
                 networks = [f"teacher_{name}"]
                 if name == "lm":
-                    settings |= {"recognizer": cfg.recognizer.source, "hop": self.hop}
+                    settings |= {"recognizer": cfg.recognizer.source, "texts": cfg.texts, "hop": self.hop}
                     networks.append("recognizer")
                 found[name] = FeatureSource(settings, [self.frozen[n] for n in networks if n in self.frozen])
         return found

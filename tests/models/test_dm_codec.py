@@ -246,6 +246,22 @@ def test_only_active_terms_are_computed_and_discriminators_get_no_gradient():
     assert {"usage", "perplexity", "dead", "distance_sm", "mel_distance"} <= found.logs.keys()
 
 
+def test_texts_come_from_the_manifest_or_from_the_recognizer():
+    class Parrot(torch.nn.Module):
+        def transcribe(self, audio):
+            return [f"heard {len(clip)}" for clip in audio]
+
+    data = batch()
+    data.texts = ["a known text", None, *["known"] * (len(data.audio) - 2)]
+    heard = f"heard {data.audio.shape[2]}"
+    for source, expected in (("manifest", ["a known text", heard, *data.texts[2:]]), ("recognized", [heard] * len(data.audio))):
+        losses = objective(texts=source)
+        with pytest.raises(ConfigError, match="name a recognizer"):
+            losses.transcripts(data)
+        losses.frozen["recognizer"] = Parrot()
+        assert losses.transcripts(data) == expected
+
+
 def test_guidance():
     made, data, terms = codec(), batch(), frozenset({"distillation"})
 
