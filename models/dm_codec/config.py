@@ -87,9 +87,9 @@ class ObjectiveConfig:
     teacher_width: int = 768          # channels of the teachers' features
     speech_teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(source="facebook/hubert-base-ls960"))
     language_teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(source="google-bert/bert-base-uncased"))
-    texts: str = "manifest"           # manifest: a clip's text where it is known; recognized: of each segment, as the authors take
+    texts: str = "manifest"           # manifest: a clip's text where it is known; recognized: each segment's (the authors')
     recognizer: TeacherConfig = field(
-        default_factory=lambda: TeacherConfig(source="facebook/wav2vec2-base-960h"))      # transcripts where texts asks for them, or the data has none
+        default_factory=lambda: TeacherConfig(source="facebook/wav2vec2-base-960h"))      # hears texts asked for or missing
     mel: MelConfig = field(default_factory=MelConfig)
     discriminators: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     targets_as_released: bool = False      # features (B, 1, T, D), compared over the batch: a fault of the released scripts
