@@ -26,7 +26,7 @@ IMAGE_SYSTEMS = [name for name, system in systems().items() if system.kind == "i
 NO_ONNX: dict[str, str] = {}      # system: what ONNX cannot express of it
 BATCHES = (1, 2, 5)
 SMALL = {      # every part of a speech system, as few layers as may be: (config, fewest frames of an exported program)
-    "dm_codec": (DMCodecConfig(filters=4, strides=[4, 2], width=8, lstm_layers=1, codebooks=3, codebook_size=16), 8),
+    "dm_codec": (DMCodecConfig(filters=4, strides=[4], width=8, lstm_layers=2, codebooks=3, codebook_size=16), 8),
     "lm_spt": (LMSPTConfig(
         sample_rate=600, strides=[2, 3], decoder_strides=[3, 2], semantic_width=4, acoustic_width=4, decoder_width=8, latent=6,
         codebooks=3, semantic_size=16, semantic_dim=4, acoustic_size=8, acoustic_dim=4, dilations=[1],

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
+from torch.nn import functional as F
 
 
 class ScanLSTM(nn.Module):
@@ -32,7 +33,7 @@ class Direction(nn.Module):
     def __init__(self, lstm: nn.LSTM, suffix: str):
         super().__init__()
         self.backward_in_time = suffix.endswith("_reverse")
-        self.of_input = nn.Parameter(getattr(lstm, f"weight_ih{suffix}").detach().t().contiguous(), requires_grad=False)
+        self.of_input = nn.Parameter(getattr(lstm, f"weight_ih{suffix}").detach()[:, :, None].clone(), requires_grad=False)
         self.of_state = nn.Parameter(getattr(lstm, f"weight_hh{suffix}").detach().t().contiguous(), requires_grad=False)
         bias = getattr(lstm, f"bias_ih{suffix}") + getattr(lstm, f"bias_hh{suffix}")
         self.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -49,7 +50,9 @@ class Direction(nn.Module):
             return [hidden, cell], hidden.clone()      # a scan's outputs may not be its carry
 
         start = x.new_zeros(x.shape[1], weight.shape[0])
-        _, hidden = scan(step, [start, start.clone()], x @ self.of_input + self.bias, reverse=self.backward_in_time)
+        # as a convolution, since a product of three axes makes its reshaping a condition on the sizes: no batch of 1 then
+        gates = F.conv1d(x.permute(1, 2, 0), self.of_input, self.bias).permute(2, 0, 1)      # (T, B, 4 · hidden)
+        _, hidden = scan(step, [start, start.clone()], gates, reverse=self.backward_in_time)
         return hidden
 
 
