@@ -130,7 +130,7 @@ def clips(tokenizer: SpeechTokenizer, shortest: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("system", SMALL)
+@pytest.mark.parametrize("system", [pytest.param("dm_codec", marks=pytest.mark.slow), "lm_spt"])      # LSTMs trace slowly
 def test_speech_of_any_length_without_this_package(system, tmp_path):
     tokenizer, shortest = small(system), SMALL[system][1]
     about = export_tokenizer(tokenizer, tmp_path)
