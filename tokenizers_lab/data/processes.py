@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tokenizers_lab.data.fetched import Fetched
 from tokenizers_lab.errors import DataError
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 SIGTERM_GRACE = 120   # seconds that a decoding process outlives a SIGTERM, so that the step in progress can end
 
 
@@ -70,15 +71,20 @@ def _close_all() -> None:
 
 
 def _quiet_iterator(source: DataLoader) -> Iterator[Fetched]:
-    """The iterator, without the SIGCHLD handler that torch installs with it.
+    """The iterator, without the SIGCHLD handler that torch installs with it, and with processes that no signal ends while they
+    start: signals are held back until `_start_worker`.
 
-    That raises RuntimeError wherever the training process stands when a worker dies, in the middle of a save too. Without it
-    the next fetch notices, within 5 seconds.
+    That handler raises RuntimeError wherever the training process stands when a worker dies, in the middle of a save too.
+    Without it the next fetch notices, within 5 seconds.
     """
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         return iter(source)
     before = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(source)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)      # the processes inherit it
+    try:
+        iterator = iter(source)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     after = signal.getsignal(signal.SIGCHLD)
     if getattr(after, "__module__", None) == "torch.utils.data._utils.signal_handling":
         signal.signal(signal.SIGCHLD, signal.SIG_DFL if before in (after, None) else before)
@@ -93,6 +99,8 @@ def _start_worker(worker: int) -> None:
     """Signals are for the training process, which saves at the next step and needs its data until then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _linger)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     warnings.filterwarnings("ignore", module="PIL")   # remarks on odd metadata would tear the progress bar
 
 
