@@ -75,7 +75,7 @@ def autoguided(main: Velocity, weak: Velocity, scale: float, interval: tuple[flo
 def rescaled(v: Tensor, conditional: Tensor, share: float, together: bool = False, mask: Tensor | None = None) -> Tensor:
     """share · v · std(v_c) / std(v) + (1 − share) · v: a guided v with the conditional's deviation (Lin et al. 2024, sec. 3.4).
 
-    v, conditional: (B, ...). The unbiased deviation is each item's own, over the places of mask (bool over the first axes, such
+    v, conditional: (B, ...). The deviation is each item's own, over the places of mask (bool over the first axes, such
     as (B, T)) if given, so that an item of a padded batch comes out as if alone; together: one over the whole batch, as in
     TaDiCodec's code. Where v has none, it stays as it is.
     """
@@ -85,7 +85,8 @@ def rescaled(v: Tensor, conditional: Tensor, share: float, together: bool = Fals
 
 
 def _deviation(v: Tensor, together: bool, mask: Tensor | None) -> Tensor:
-    """Unbiased standard deviation over all axes but the first (over that too if together), to broadcast against v."""
+    """Standard deviation over all axes but the first (over that too if together), to broadcast against v. Only ratios of it
+    count, so n does as well as n − 1."""
     axes = tuple(range(0 if together else 1, v.dim()))
     v = v.to(torch.promote_types(v.dtype, torch.float32))
     if mask is None:
@@ -95,4 +96,4 @@ def _deviation(v: Tensor, together: bool, mask: Tensor | None) -> Tensor:
     count = inside.sum(axes, keepdim=True)
     mean = torch.where(inside, v, 0).sum(axes, keepdim=True) / count.clamp(min=1)
     squares = torch.where(inside, v - mean, 0).square().sum(axes, keepdim=True)
-    return (squares / (count - 1).clamp(min=1)).sqrt()
+    return (squares / count.clamp(min=1)).sqrt()
