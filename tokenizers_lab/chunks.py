@@ -7,8 +7,10 @@ two may move (untrained DM-Codec, whose entries lie close: 10 of 26,802; LM-SPT:
 
 Other networks: an LSTM of one direction (DM-Codec's decoder) carries its state on, which is as exact. Of an LSTM of both
 directions (DM-Codec's encoder) the backward one starts anew at least `context` seconds behind what is given out, in every
-layer. A tokenizer that does not say how it works in pieces is run in windows that overlap by `context` seconds on both sides.
-What fits into one block of `seconds` is computed whole, and is exact, in any case.
+layer. After `dm_codec/tiny` was trained to its end, all 12,812 codes of 64 s were equal, with a context of 1 s as with 4 s;
+untrained networks that remember longer lose more (`models/dm_codec/model.py`). A tokenizer that does not say how it works in
+pieces is run in windows that overlap by `context` seconds on both sides. What fits into one block of `seconds` is computed
+whole, and is exact, in any case.
 """
 
 from collections.abc import Callable, Iterable, Iterator
