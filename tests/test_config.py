@@ -133,6 +133,8 @@ STAGE = "stages:\n- name: q\n  steps: 3\n  weights: {mse: 1}\n"
     (STAGE.replace("- name: q\n  steps", "- steps"), 0, "stages.0.name: needs a value"),
     (STAGE + "  starts:\n    mae: 2\n", 7, "stages.0.starts.mae: the stage has no weight for 'mae'; nearest: 'mse'"),
     (STAGE + "  schedule: cosin\n", 6, "stages.0.schedule must be one of cosine, constant; not 'cosin'; nearest: 'cosine'"),
+    (STAGE + "  discriminator_schedule: constnat\n", 6,
+     "stages.0.discriminator_schedule must be one of cosine, constant; not 'constnat'; nearest: 'constant'"),
     (STAGE + "  warmup: -1\n", 6, "stages.0.warmup must not be negative, but is -1.0"),
     (STAGE + "  parts: [encoder, '']\n", 6, "stages.0.parts.1: an empty name"),
     (STAGE + "  objective:\n    gama: 0\n", 7, "stages.0.objective has no option 'gama'; nearest: 'gamma'"),
@@ -232,3 +234,8 @@ def test_every_option_has_help(write):
     assert len(set(keys)) == len(keys) and {"model.encoder.width", "stages.0.lr", "objective.teachers.small.source"} <= set(keys)
     assert [key for key, _, text in rows if not text] == []
     assert {k: v for k, v, _ in rows}["stages.0.weights"] == {"mse": 1.0, "kl": 1e-6}
+
+
+def test_speech_is_read_at_the_rate_of_the_model():
+    with pytest.raises(ConfigError, match="read at 16000 Hz, but the model takes 24000"):
+        load_config("lm_spt/librispeech24k", ["data.sample_rate=16000"])

@@ -18,7 +18,7 @@ from tokenizers_lab.errors import ConfigError, DataError
 from tokenizers_lab.models.dm_codec.objective import DMCodecObjective
 from tokenizers_lab.models.dm_codec.parity_teachers import language_teacher, recognizer_of, speech_teacher
 from tokenizers_lab.settings import SpeechDataConfig
-from tokenizers_lab.teachers.cache import Crop, FeatureSource, check_sources, make_features, open_features, weights_sha256
+from tokenizers_lab.teachers.cache import Crop, FeatureSource, check_sources, make_features, network_sha256, open_features
 from tokenizers_lab.training.run import build_objective
 
 CLIPS = 5
@@ -103,7 +103,7 @@ def test_other_weights_settings_or_names_are_other_features(tmp_path):
     torch.manual_seed(0)
     networks = [nn.BatchNorm1d(3), nn.BatchNorm1d(3)]
     networks[1].running_mean += 1e-6
-    assert weights_sha256(networks[0]) != weights_sha256(networks[1])      # buffers count
+    assert network_sha256(networks[0]) != network_sha256(networks[1])      # buffers count
     sources = [{"sm": FeatureSource({"source": "a", "layer": layer}, [network])} for layer in (1, 2) for network in networks]
     assert len({make_features(tmp_path, source, {})["sm"].path for source in sources}) == 4
     check_sources(tmp_path, sources[-1])

@@ -14,11 +14,12 @@ CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     ImageDataConfig: {"crop": ("center", "random")},
     SpeechDataConfig: {"crop": ("random", "fixed", "start")},
     TrainConfig: {"precision": ("no", "bf16")},
-    StageConfig: {"schedule": ("cosine", "constant")},
+    StageConfig: {"schedule": ("cosine", "constant"), "discriminator_schedule": ("cosine", "constant")},
 }
 ABOVE_ZERO: dict[type, tuple[str, ...]] = {
     ImageDataConfig: ("size", "max_pixels"),
-    SpeechDataConfig: ("sample_rate", "channels", "segment_seconds", "max_seconds", "val_seconds"),
+    SpeechDataConfig: ("sample_rate", "channels", "segment_seconds", "max_seconds", "val_seconds",
+                       "teacher_rate"),
     TrainConfig: ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep_last", "max_strikes", "max_minutes"),
     StageConfig: ("steps", "epochs"),
     OptimizerConfig: ("eps",),
@@ -38,7 +39,7 @@ def check_values(section: Any, path: str, origins: Origins) -> None:
     for f in fields(section):
         key, value = f"{path}{f.name}", getattr(section, f.name)
         choices = CHOICES.get(cls, {}).get(f.name)
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise origins.error(key, f"{key} must be one of {', '.join(choices)}; not '{value}'{hint(str(value), choices)}")
         if value is not None and f.name in ABOVE_ZERO.get(cls, ()) and not value > 0:
             raise origins.error(key, f"{key} must be above 0, not {value}")
@@ -75,6 +76,9 @@ def check_run(cfg: RunConfig, origins: Origins, override_objective: Callable[[An
         refuse("data.crop_max", f"{data.crop_max} is below the smallest crop, {data.crop_min or data.size}")
     if isinstance(data, SpeechDataConfig) and data.max_seconds <= data.min_seconds:
         refuse("data.max_seconds", f"{data.max_seconds:g} is not above data.min_seconds, {data.min_seconds:g}")
+    rate = getattr(cfg.model, "sample_rate", None)
+    if isinstance(data, SpeechDataConfig) and rate is not None and data.sample_rate != rate:
+        refuse("data.sample_rate", f"the data are read at {data.sample_rate} Hz, but the model takes {rate}")
     if not cfg.stages:
         refuse("stages", "a run needs at least one stage")
     names = [s.name for s in cfg.stages]

@@ -1,7 +1,7 @@
 """Losses of DM-Codec (arXiv 2410.15017, sec. 3): reconstruction, adversarial, commitment, and distillation by two teachers."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,9 @@ class Coded:
 class DMCodecObjective(Objective):
     """The paper's losses, the map to the teachers' width, the teachers and three families of discriminators.
 
-    Features of the teachers come with the batch (`features`: sm, lm), else from the frozen teachers. Those named in `cached`
-    are not built, as their features always come with the batch; `build_frozen=False` leaves all out.
+    Features of the teachers come with the batch (`features`: sm, lm), else from the frozen teachers. Those of `cached` (name:
+    where its features are from) are not built, as their features always come with the batch; `build_frozen=False` leaves all
+    out.
     Raises WeightsMissing if a teacher is nowhere found.
     """
 
@@ -56,11 +57,11 @@ class DMCodecObjective(Objective):
     discriminators_first = True
 
     def __init__(
-        self, cfg: ObjectiveConfig, model: ModelConfig, build_frozen: bool = True, cached: Collection[str] = ()
+        self, cfg: ObjectiveConfig, model: ModelConfig, build_frozen: bool = True, cached: Mapping[str, str] | None = None
     ):
         super().__init__(cfg)
         check_objective(cfg, model)
-        self.cached = cached
+        self.cached_from = dict(cached or {})
         self.hop = math.prod(model.strides)      # samples of a frame
         self.heads["transform"] = build_transform(model.width, cfg.teacher_width)
         sizes = cfg.discriminators
@@ -86,7 +87,7 @@ class DMCodecObjective(Objective):
             if teacher.backend == "asset" and teacher.source not in assets:
                 raise ConfigError(f"objective.{name}.source must be one of {', '.join(assets)}, not '{teacher.source}'")
         for name, teacher in (("sm", self.cfg.speech_teacher), ("lm", self.cfg.language_teacher)):
-            if name in self.guides() and teacher.backend != "none" and name not in self.cached:
+            if name in self.guides() and teacher.backend != "none" and name not in self.cached_from:
                 build = build_ssl_teacher if name == "sm" else build_language_teacher
                 self.frozen[f"teacher_{name}"] = build(teacher.source, teacher.layer)
                 width = self.frozen[f"teacher_{name}"].width

@@ -1,4 +1,4 @@
-"""Training segments of LM-SPT: the codec's and the teacher's audio, each resampled from the source on its own."""
+"""A training segment of a clip in memory, as the parity set has them: cut as `data.speech` cuts files."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokenizers_lab.data.resample import resample
+from tokenizers_lab.data.speech import span_at
 
 
 @dataclass
@@ -21,7 +22,7 @@ def cut_segment(clip: Tensor, rate: int, start: int, seconds: float, sample_rate
     """`seconds` of a mono clip (samples,) at `rate` Hz, from sample `start` (at `sample_rate`) on."""
     parts = []
     for target in (sample_rate, teacher_rate):
-        audio = resample(clip, rate, target)[int(start * target / sample_rate) :]
-        samples = int(seconds * target)
+        first, samples = span_at(start, seconds, sample_rate, target)
+        audio = resample(clip, rate, target)[first:]
         parts.append((F.pad(audio, (0, samples - len(audio))), min(len(audio), samples)))
     return Segment(parts[0][0], parts[1][0], parts[0][1] / sample_rate)

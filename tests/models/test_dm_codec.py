@@ -345,3 +345,13 @@ def test_encoding_leaves_the_codec_as_it_was():
     before = copy.deepcopy(made.state_dict())
     made.reconstruct(speech())
     assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items())
+
+
+def test_the_first_weights_of_convolutions_are_scaled_by_the_gain():
+    made = {}
+    for gain in (1.0, 1.5):
+        torch.manual_seed(0)
+        made[gain] = DMCodec(replace(SMALL, init_gain=gain)).encoder.model[0].conv.weight
+    torch.testing.assert_close(made[1.5], 1.5 * made[1.0])
+    with pytest.raises(ConfigError, match="init_gain"):
+        DMCodec(replace(SMALL, init_gain=0.0))

@@ -318,3 +318,13 @@ def test_toklab_converts_the_authors_file(tmp_path, capsys):
     loaded, audio = load(tmp_path / "out"), noise(1, 1, 200)
     assert loaded.provenance["converted_from"] == "kakaocorp/lmspt"
     assert torch.equal(loaded.encode(audio).codes, tokenizer.encode(audio).codes)
+
+
+def test_the_first_weights_of_the_encoders_alone_are_scaled_by_the_gain():
+    made = []
+    for gain in (1.0, 1.5):
+        torch.manual_seed(0)
+        made.append(LMSPT(replace(SMALL, init_gain=gain)))
+    for part, factor in (("semantic_encoder", 1.5), ("acoustic_encoder", 1.5), ("decoder", 1.0), ("aux_decoder", 1.0)):
+        plain, scaled = (next(m.weight for m in model.get_submodule(part).modules() if hasattr(m, "weight")) for model in made)
+        torch.testing.assert_close(scaled, factor * plain)

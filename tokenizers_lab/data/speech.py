@@ -112,7 +112,7 @@ class SpeechReader(Reader):
             audio = read_segment(file, start, wanted, cfg.sample_rate, cfg.channels)
             teacher = None
             if cfg.teacher_rate is not None:      # resampled from the source, not from the other copy
-                first, samples = int(start * cfg.teacher_rate / cfg.sample_rate), round(cfg.segment_seconds * cfg.teacher_rate)
+                first, samples = span_at(start, cfg.segment_seconds, cfg.sample_rate, cfg.teacher_rate)
                 teacher = read_segment(file, first, samples, cfg.teacher_rate, cfg.channels)
             view = SpeechView(audio, start, raw.about, wanted, teacher)      # all training batches have one shape
         crop = Crop(raw.key, start, wanted, cfg.sample_rate, raw.about.get("text"))
@@ -173,6 +173,11 @@ class FixedCrops(SpeechReader):
     def validation(self, raw: Raw) -> SpeechView:
         """The training segment. Raises DataError."""
         return self.training(raw, (0.0, 0.0, 0.0, 0.0))
+
+
+def span_at(start: int, seconds: float, sample_rate: int, rate: int) -> tuple[int, int]:
+    """(first sample, samples) at `rate` Hz of the `seconds` that begin at sample `start` at `sample_rate` Hz; LM-SPT's rule."""
+    return int(start * rate / sample_rate), round(seconds * rate)
 
 
 @dataclass

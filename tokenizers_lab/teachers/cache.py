@@ -53,7 +53,7 @@ class FeatureSource:
     def identity(self) -> dict[str, Any]:
         """The settings with the SHA-256 of the weights and where these are from."""
         found = [getattr(network, "provenance", type(network).__name__) for network in self.networks]
-        return {"settings": self.settings, "weights_sha256": [weights_sha256(network) for network in self.networks],
+        return {"settings": self.settings, "weights_sha256": [network_sha256(network) for network in self.networks],
                 "provenance": [str(p) for p in found]}
 
 
@@ -119,7 +119,7 @@ def checksum(features: Tensor) -> int:
     return zlib.crc32(features.contiguous().view(torch.uint8).numpy().data)
 
 
-def weights_sha256(network: nn.Module) -> str:
+def network_sha256(network: nn.Module) -> str:
     """SHA-256 over names, types, shapes and bytes of a network's parameters and buffers."""
     made = hashlib.sha256()
     for name, value in sorted({**dict(network.named_parameters()), **dict(network.named_buffers())}.items()):
@@ -178,9 +178,14 @@ def open_features(folder: Path, data: dict[str, Any]) -> dict[str, FeatureFolder
     return {name: FeatureFolder(name, folder / entry["folder"]) for name, entry in index["features"].items()}
 
 
-def check_sources(folder: Path, sources: Mapping[str, FeatureSource]) -> dict[str, str]:
-    """Where the features' teachers were from, by name. Raises ConfigError unless the features in a folder are those that the
-    config's teachers would give, as far as their settings tell; weights are compared too where the networks are built."""
+def cached_provenance(folder: Path) -> dict[str, str]:
+    """Where the teachers of a folder's features are from, by name. Raises ConfigError if it holds none."""
+    return {name: "; ".join(entry["provenance"]) for name, entry in read_index(folder)["features"].items()}
+
+
+def check_sources(folder: Path, sources: Mapping[str, FeatureSource]) -> None:
+    """Raise ConfigError unless the features in a folder are those that the config's teachers would give, as far as their
+    settings tell; weights are compared too where the networks are built."""
     index = read_index(folder)["features"]
     for name, source in sources.items():
         if name not in index:
@@ -190,10 +195,9 @@ def check_sources(folder: Path, sources: Mapping[str, FeatureSource]) -> dict[st
             if was != now:
                 raise ConfigError(f"the features '{name}' in {folder} were made with {option} {was}, the config has {now}: "
                                   "run `toklab features` with this config")
-        if source.networks and [weights_sha256(n) for n in source.networks] != index[name]["weights_sha256"]:
+        if source.networks and [network_sha256(n) for n in source.networks] != index[name]["weights_sha256"]:
             raise ConfigError(f"the features '{name}' in {folder} are of other weights than those of the config's teacher: "
                               "run `toklab features` with this config")
-    return {name: "; ".join(index[name]["provenance"]) for name in sources}
 
 
 def folder_bytes(folder: Path) -> int:

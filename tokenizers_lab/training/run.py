@@ -24,7 +24,7 @@ from tokenizers_lab.errors import CheckpointError, ConfigError, TrainingError
 from tokenizers_lab.metrics import IMAGE_METRICS, SPEECH_METRICS, image_metrics, speech_metrics
 from tokenizers_lab.registry import get_system
 from tokenizers_lab.settings import RunConfig, StageConfig, TrainConfig
-from tokenizers_lab.teachers.cache import check_sources, read_index
+from tokenizers_lab.teachers.cache import cached_provenance, check_sources
 from tokenizers_lab.tokenizer import (
     ImageTokenizer,
     SpeechTokenizer,
@@ -110,7 +110,8 @@ class Adversary:
     """The discriminators' half of a step: their loss and gradient for each micro-batch, then their update.
 
     Where they come first, `judge` is called in the middle of the generator's forward pass and updates after the last
-    micro-batch; else the loop calls `update` together with the generator's.
+    micro-batch, if their own loss and gradient are finite; the generator's, which follow, cannot take that back. Else the loop
+    calls `update` together with the generator's.
     """
 
     def __init__(self, objective: Objective, cfg: TrainConfig, accelerator: Accelerator, agree: Callable[[bool], bool]):
@@ -221,8 +222,8 @@ def build_objective(cfg: RunConfig) -> Objective:
         return kind(cfg.objective, cfg.model)
     if not hasattr(kind, "precompute"):
         raise ConfigError(f"{cfg.system} takes no cached features: leave data.features out")
-    objective = kind(cfg.objective, cfg.model, cached=read_index(Path(features))["features"].keys())
-    objective.cached_from = check_sources(Path(features), objective.feature_sources())
+    objective = kind(cfg.objective, cfg.model, cached=cached_provenance(Path(features)))
+    check_sources(Path(features), objective.feature_sources())
     return objective
 
 
