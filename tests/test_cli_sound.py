@@ -424,7 +424,7 @@ def test_info(capsys, tmp_path, system, name, rows):
 
 
 def test_info_of_configs_and_the_other_kind(capsys, models):
-    Path("my.yaml").write_text("system: lm_spt\nname: x\ndata: {train: 'sample:speech'}\n"
+    Path("my.yaml").write_text("system: lm_spt\nname: x\ndata: {train: 'sample:speech', sample_rate: 24000}\n"
                                "stages:\n  - {name: one, steps: 1, lr: 1e-3, weights: {mel: 1}}\n")
     out, _ = toklab(capsys, "info", "my.yaml", "model.codebooks=4")      # the released size, never allocated
     assert "M parameters" in out and "1 of 16,384 entries, then 3 of 4,096 entries" in out and "625 bit/s" in out
