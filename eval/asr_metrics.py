@@ -13,8 +13,8 @@ from torch import Tensor
 from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.teachers.asr import ASR, WhisperASR, build_asr
 from tokenizers_lab.teachers.whisper import Whisper
+from tokenizers_lab.text_normalisers import normaliser_for
 
-from .text_normalisers import normaliser_for
 from .wer import EditCounts, character_edits, summarise_edits, word_edits
 
 EDITS: dict[str, Callable[[str, str], EditCounts]] = {"words": word_edits, "characters": character_edits}

@@ -1,7 +1,7 @@
 """Word and character error rates: counts of edits, rates of clips and of a corpus, and their intervals.
 
 The counts are those of jiwer, also where several shortest alignments exist: errors do not depend on the choice, hits do, and
-with them WIL. Texts are compared as they come; `text_normalisers` makes them comparable first.
+with them WIL. Texts are compared as they come; `tokenizers_lab.text_normalisers` makes them comparable first.
 """
 
 from collections.abc import Sequence

@@ -13,8 +13,8 @@ import tokenizers_lab
 from tokenizers_lab.data.audio import read_audio
 from tokenizers_lab.errors import InputError
 from tokenizers_lab.eval.asr_metrics import ErrorRate, summarise
-from tokenizers_lab.eval.text_normalisers import build_normaliser, normaliser_for
 from tokenizers_lab.eval.wer import EditCounts, character_edits, corpus_interval, count_edits, summarise_edits, word_edits
+from tokenizers_lab.text_normalisers import build_normaliser, normaliser_for
 
 SPEECH = Path(tokenizers_lab.__file__).parent / "data" / "samples" / "speech" / "val"
 

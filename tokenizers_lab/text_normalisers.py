@@ -1,4 +1,4 @@
-"""What is done to transcripts before their words are compared: Whisper's two normalisers, as transformers has them."""
+"""What is done to texts before they are compared or tokenised: Whisper's two normalisers, as transformers has them."""
 
 import json
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenizers_lab.errors import CheckpointError, InputError
 
+NORMALISERS = ("english", "basic", "letters", "none")
 SPELLINGS_ASSET = "whisper-spellings"
 # Whisper's evaluation splits what is written without spaces into letters, so that its "words" are letters (Radford et al. 2022,
 # sec. C).
@@ -33,17 +34,17 @@ def build_normaliser(name: str) -> Normaliser:
 
     Raises InputError for another name, WeightsMissing or CheckpointError if the list of spellings cannot be had.
     """
+    if name not in NORMALISERS:
+        raise InputError(f"there is no text normaliser '{name}'; known: {', '.join(NORMALISERS)}")
+    if name == "none":
+        return Normaliser("none", str)
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
     if name == "english":
         return Normaliser("Whisper's English", EnglishTextNormalizer(spellings()))
     if name == "basic":
         return Normaliser("Whisper's basic", BasicTextNormalizer())
-    if name == "letters":
-        return Normaliser("Whisper's basic, letter by letter", BasicTextNormalizer(split_letters=True))
-    if name == "none":
-        return Normaliser("none", str)
-    raise InputError(f"there is no text normaliser '{name}'; known: english, basic, letters, none")
+    return Normaliser("Whisper's basic, letter by letter", BasicTextNormalizer(split_letters=True))
 
 
 def normaliser_for(language: str | None) -> Normaliser:
