@@ -114,6 +114,7 @@ class RunConfig:
     name: str = MISSING                # the run's folder is OUT/<system>-<name>
     out: str = "runs"                  # folder of runs
     init_from: str | None = None       # start from these weights: a run, a checkpoint, a saved folder, a hub id
+    init_parts: dict[str, str] = field(default_factory=dict)   # part of the tokenizer: where its first weights come from
     model: Any = MISSING               # the network that ships
     objective: Any = MISSING           # what training needs beside it
     data: Any = MISSING                # training and validation data

@@ -59,6 +59,7 @@ class Tokenizer(nn.Module):
     """The network that ships. A subclass sets `system` and builds itself from its model config alone."""
 
     system: ClassVar[str]
+    decode_options: tuple[str, ...] = ()       # further keywords that its `decode` takes, such as steps of a diffusion decoder
 
     def __init__(self, cfg: Any):
         super().__init__()
@@ -94,6 +95,23 @@ class Tokenizer(nn.Module):
             raise CheckpointError(f"{folder_or_hub_id} holds a {tokenizer.system} tokenizer, not {wanted}")
         return tokenizer
 
+    def start_part(self, part: str, source: str) -> str:
+        """Give a submodule its first weights: those of the same submodule of the tokenizer at `source` (a run, a saved folder,
+        a hub id). Returns where they are from.
+
+        A system whose parts also start from other people's networks overrides it. Raises CheckpointError if they do not fit.
+        """
+        from tokenizers_lab.hub import load
+
+        loaded = load(source)
+        try:
+            own, other = self.get_submodule(part), loaded.get_submodule(part)
+        except AttributeError:
+            known = ", ".join(name for name, _ in loaded.named_children() if hasattr(self, name))
+            raise CheckpointError(f"init_parts: {source} has no part '{part}'; it has {known or 'none in common'}") from None
+        load_weights(own, other.state_dict(), f"init_parts: {part} of {source}")
+        return f"{part} of {source}"
+
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload to the hub; see `tokenizers_lab.hub.push`."""
         from tokenizers_lab.hub import push
@@ -111,13 +129,14 @@ class ImageTokenizer(Tokenizer):
         raise NotImplementedError
 
     def decode(self, latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] from what `encode` gave; stochastic decoders draw from `generator`."""
+        """Images (B, 3, H, W) in [0, 1] from what `encode` gave; stochastic decoders draw from `generator`, or, without one,
+        always start from the same noise."""
         raise NotImplementedError
 
     @torch.inference_mode()
-    def reconstruct(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """decode(encode(images)) in eval mode."""
-        return self.decode(self.encode(images, generator=generator).code, generator=generator)
+    def reconstruct(self, images: Tensor, generator: torch.Generator | None = None, **options: Any) -> Tensor:
+        """decode(encode(images)) in eval mode. options: of `decode`, see `decode_options`."""
+        return self.decode(self.encode(images, generator=generator).code, generator=generator, **options)
 
     def check_images(self, images: Tensor) -> None:
         """Raise InputError unless images are finite floats (B, 3, H, W) in [0, 1], H and W multiples of `downsample`."""
@@ -146,6 +165,7 @@ class SpeechTokenizer(Tokenizer):
     channels: int = 1                 # audio channels that the network takes
     fused: bool = False               # whether its weight norms are folded, see `fuse`
     decodings: tuple[str, ...] = ()   # further ways to decode, where there are: values of `decode`'s argument `decoding`
+    takes_texts: bool = False         # whether `decode` takes what is said: texts, one or None for each item
 
     def output_rate(self, decoding: str | None = None) -> int:
         """Sample rate in Hz of what `decode` gives."""
@@ -160,10 +180,10 @@ class SpeechTokenizer(Tokenizer):
         raise NotImplementedError
 
     @torch.inference_mode()
-    def reconstruct(self, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """decode(encode(audio)), cut to the samples of the input; 0 behind the end of a shorter item."""
+    def reconstruct(self, audio: Tensor, lengths: Tensor | None = None, **options: Any) -> Tensor:
+        """decode(encode(audio)), cut to the samples of the input; 0 behind the end of a shorter item. options: of `decode`."""
         encoding = self.encode(audio, lengths)
-        restored = self.decode(encoding.code, encoding.lengths)[..., : audio.shape[-1]]
+        restored = self.decode(encoding.code, encoding.lengths, **options)[..., : audio.shape[-1]]
         if lengths is not None:
             position = torch.arange(restored.shape[-1], device=restored.device)
             restored = restored * (position < lengths.to(restored.device)[:, None, None])

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,11 +146,14 @@ class LMSPT(SpeechTokenizer):
         return decoder(quantized, lengths).float()
 
     @torch.inference_mode()
-    def reconstruct(self, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """decode(encode(audio)) at `output_rate()`, cut to the duration of the input; 0 behind the end of a shorter item."""
+    def reconstruct(self, audio: Tensor, lengths: Tensor | None = None, **options: Any) -> Tensor:
+        """decode(encode(audio)) at `output_rate()`, cut to the duration of the input; 0 behind the end of a shorter item.
+
+        options: `decoding`.
+        """
         encoding = self.encode(audio, lengths)
-        rate = self.output_rate()
-        restored = self.decode(encoding.code, encoding.lengths)[..., : audio.shape[-1] * rate // self.sample_rate]
+        rate = self.output_rate(**options)
+        restored = self.decode(encoding.code, encoding.lengths, **options)[..., : audio.shape[-1] * rate // self.sample_rate]
         return restored if lengths is None else zero_behind(restored, lengths * rate // self.sample_rate)
 
     def forward(self, audio: Tensor, used: Tensor | None = None) -> Resynthesis:

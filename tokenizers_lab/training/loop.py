@@ -96,6 +96,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
             if state.step == start:
                 for part in stage.fresh:
                     nets.part(part).load_state_dict(nets.initial[part])
+                nets.objective.begin_stage(nets.tokenizer, stage)
             nets.select(stage.parts)
             if cfg.train.compile:
                 torch.compiler.reset()      # compiled code does not notice that other parts train now

@@ -26,9 +26,10 @@ class Losses:
 class Objective(nn.Module):
     """Teachers, auxiliary heads, discriminators and the losses: what training needs and inference does not.
 
-    Three groups of networks, which the loop treats by their attribute:
+    Four groups of networks, which the loop treats by their attribute:
     `heads` train together with the tokenizer; `discriminators` train against it, with an optimiser of their own;
-    `frozen` (teachers, perceptual networks) never train, stay in eval mode, and are not saved.
+    `frozen` (teachers, perceptual networks) never train, stay in eval mode, and are not saved;
+    `copies` (parts of the tokenizer as they were when a stage began) do not train either, but are saved.
     `cfg` is the system's objective config; a stage may change its values between stages.
     `discriminators_first`: in each step the discriminators are updated before the generator's losses are computed with them,
     as speech codecs are trained; else both are updated together at the end of the step.
@@ -43,12 +44,18 @@ class Objective(nn.Module):
         self.heads = nn.ModuleDict()
         self.discriminators = nn.ModuleDict()
         self.frozen = nn.ModuleDict()
+        self.copies = nn.ModuleDict()
 
     def train(self, mode: bool = True) -> "Objective":
-        """Training mode for all but the frozen networks."""
+        """Training mode for all but the frozen networks and the copies."""
         super().train(mode)
         self.frozen.eval()
+        self.copies.eval()
         return self
+
+    def begin_stage(self, tokenizer: nn.Module, stage: Any) -> None:
+        """Called before the first step of a stage (`StageConfig`), with the tokenizer's weights as they then are, for what the
+        objective copies of them. A run that is resumed in the middle of a stage has the copies from its checkpoint."""
 
     def generator_losses(
         self, tokenizer: nn.Module, batch: Any, draw: Draw, active: frozenset[str], judge: Judge | None = None

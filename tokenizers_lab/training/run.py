@@ -179,7 +179,7 @@ class Networks:
             self.part(name).requires_grad_(True)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Heads and discriminators; the frozen networks are not saved."""
+        """Heads, discriminators and copies; the frozen networks are not saved."""
         return {k: v for k, v in self.objective.state_dict().items() if not k.startswith("frozen.")}
 
     def buffers(self) -> list[Tensor]:
@@ -199,6 +199,9 @@ def build_networks(cfg: RunConfig, device: torch.device, resumed: bool = False) 
         initial[part] = {k: v.clone() for k, v in networks.part(part).state_dict().items()}
     if cfg.init_from and not resumed:
         init_from(networks, cfg.init_from)
+    for part, source in cfg.init_parts.items() if not resumed else ():
+        networks.part(part)      # refuses one that is not there
+        tokenizer.provenance = {**tokenizer.provenance, f"init_parts.{part}": tokenizer.start_part(part, source)}
     networks.tokenizer.to(device)
     networks.objective.to(device)
     networks.ema = copy.deepcopy(tokenizer).requires_grad_(False).eval()
@@ -208,7 +211,7 @@ def build_networks(cfg: RunConfig, device: torch.device, resumed: bool = False) 
         set_activation_checkpointing(tokenizer, True)
     if cfg.train.compile:      # forward alone would leave encode and decode eager: compile what they call
         wrapped = objective.frozen.children()      # teachers and LPIPS are called by other methods; their networks by forward
-        for group in (tokenizer, objective.heads, objective.discriminators, *wrapped):
+        for group in (tokenizer, objective.heads, objective.discriminators, objective.copies, *wrapped):
             for module in group.children():
                 module.compile()
     return networks
@@ -239,7 +242,8 @@ def init_from(networks: Networks, source: str) -> None:
     folder = resolve_folder(source)
     for file in (folder / "heads.safetensors", folder / "training" / "objective.safetensors"):
         if file.exists():
-            heads = {k.removeprefix("heads."): v for k, v in read_weights(file).items() if not k.startswith("discriminators.")}
+            others = ("discriminators.", "copies.")
+            heads = {k.removeprefix("heads."): v for k, v in read_weights(file).items() if not k.startswith(others)}
             own = networks.objective.heads.state_dict()
             if heads.keys() == own.keys() and all(own[k].shape == v.shape for k, v in heads.items()):
                 networks.objective.heads.load_state_dict(heads)
@@ -398,7 +402,8 @@ def held_out_metrics(tokenizer: Tokenizer, batch: Any) -> dict[str, Tensor]:
     assert isinstance(tokenizer, SpeechTokenizer)
     rate = tokenizer.output_rate()
     original = resample(batch.audio, tokenizer.sample_rate, rate)
-    made = tokenizer.reconstruct(batch.audio, batch.lengths)
+    texts = {"texts": batch.texts} if tokenizer.takes_texts else {}
+    made = tokenizer.reconstruct(batch.audio, batch.lengths, **texts)
     samples = min(original.shape[-1], made.shape[-1])      # one fewer or more where the rates differ
     lengths = (batch.lengths * rate // tokenizer.sample_rate).clamp(1, samples)
     return speech_metrics(made[..., :samples], original[..., :samples], rate, lengths)
