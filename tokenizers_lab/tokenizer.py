@@ -55,6 +55,14 @@ class SpeechEncoding:
         return code
 
 
+@dataclass
+class SpeechPrompt:
+    """Speech of the voice that a text-aware decoder shall go on in: one clip for the whole batch, or one an item."""
+
+    audio: Tensor                              # (1 or B, channels, samples) in [−1, 1] at the tokenizer's rate
+    texts: list[str | None] | None = None      # what is said in it, (1 or B); none: not known
+
+
 class Tokenizer(nn.Module):
     """The network that ships. A subclass sets `system` and builds itself from its model config alone."""
 

@@ -38,7 +38,7 @@ def test_a_part_starts_from_another_tokenizers(config, tmp_path):
 
 def test_parts_that_are_nowhere_or_of_another_size_are_refused(config, tmp_path):
     build_tokenizer("rectok", config("model.decoder.width=64").model).save_pretrained(tmp_path / "wide")
-    with pytest.raises(CheckpointError, match="init_parts: decoder of .*shape"):
+    with pytest.raises(CheckpointError, match=r"init_parts: decoder of .*shape"):
         train(config(f"init_parts.decoder={tmp_path / 'wide'}"))
     with pytest.raises(ConfigError, match="names the part 'vocoder'"):
         train(config(f"init_parts.vocoder={tmp_path / 'wide'}"))
@@ -52,8 +52,8 @@ class Copying(RecTokObjective):
         self.copies["first"] = nn.Linear(3 * model.patch**2, model.encoder.width)
 
     def begin_stage(self, tokenizer, stage):
-        weight = tokenizer.encoder.embed.weight
-        self.copies["first"].load_state_dict({"weight": weight.flatten(1).detach(), "bias": tokenizer.encoder.embed.bias.detach()})
+        embed = tokenizer.encoder.embed
+        self.copies["first"].load_state_dict({"weight": embed.weight.flatten(1).detach(), "bias": embed.bias.detach()})
 
 
 def test_copies_are_made_when_a_stage_begins_and_survive_a_resumed_run(config, monkeypatch):

@@ -93,6 +93,43 @@ def add_wav(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoding", metavar="WAY", help="speech: one of the model's ways to decode, where it has several")
 
 
+def add_diffusion(parser: argparse.ArgumentParser) -> None:
+    """How a diffusion decoder samples."""
+    parser.add_argument("--steps", type=int, metavar="N", help="diffusion decoders: sampling steps; default: the model's")
+    parser.add_argument("--cfg", type=float, metavar="W", help="diffusion decoders: guidance, 1 is none; default: the model's")
+    parser.add_argument("--seed", type=int, metavar="S", help="diffusion decoders: draw other noise than the usual one")
+
+
+def add_speech_text(parser: argparse.ArgumentParser, asr: bool) -> None:
+    """What a text-aware speech decoder is told. asr: whether a missing text is heard."""
+    heard = "; default: heard by --asr" if asr else ""
+    parser.add_argument("--text", help=f"text-aware speech decoders: what is said{heard}")
+    parser.add_argument("--prompt", metavar="CLIP", help="text-aware speech decoders: a clip of the voice to decode in")
+    parser.add_argument("--prompt-text", metavar="TEXT", help=f"what is said in --prompt{heard}")
+    if asr:
+        parser.add_argument("--asr", metavar="NAME", help="who hears a missing text: whisper-base (default), whisper-tiny.en, "
+                            "a hub id or folder")
+
+
+def decoder_options(args: argparse.Namespace, tokenizer: "ImageTokenizer | SpeechTokenizer") -> dict[str, Any]:
+    """What --steps, --cfg and --seed say, as options of the tokenizer's `decode`. Raises InputError if it has no such option."""
+    import torch
+
+    from tokenizers_lab.errors import InputError
+
+    found: dict[str, Any] = {}
+    for flag, name in (("steps", "steps"), ("cfg", "guidance"), ("seed", "generator")):
+        value = getattr(args, flag)
+        if value is None:
+            continue
+        if name not in ("generator", *tokenizer.decode_options) or not tokenizer.decode_options:
+            raise InputError(f"--{flag} is for diffusion decoders; this {tokenizer.system} tokenizer has no such option")
+        found[name] = torch.Generator(tokenizer.device).manual_seed(value) if name == "generator" else value
+    if found.get("steps", 1) < 1:
+        raise InputError(f"--steps must be at least 1, not {found['steps']}")
+    return found
+
+
 @contextmanager
 def process_group() -> Iterator[int]:
     """The processes that torchrun or accelerate launch started work together inside; gives this process's rank."""

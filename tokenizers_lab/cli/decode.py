@@ -1,12 +1,15 @@
 """`toklab decode`: latents or codes back to images or sounds."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .common import (
+    add_diffusion,
     add_model,
+    add_speech_text,
     add_wav,
     check_options,
+    decoder_options,
     device_of,
     load_tokenizer,
     output_folder,
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
 
 help = "decode files of toklab encode to images or sounds"
 description = """Decode the safetensors files that toklab encode wrote: images to PNG, in the size of the original image
-(or of its crop); sounds to WAV, of exactly the original's duration, at the codec's sample rate or the original's."""
+(or of its crop); sounds to WAV, of exactly the original's duration, at the codec's sample rate or the original's.
+A decoder that reads along (TaDiCodec) takes what is said from --text, for sounds of at most 40 s; it does without,
+but less well."""
 example = "toklab decode latents/*.safetensors --model runs/rectok-tiny --out decoded"
 
 
@@ -37,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="decoded", help="folder for the PNG or WAV files; default: decoded")
     parser.add_argument("--any-model", action="store_true", help="decode what another model encoded, too")
     add_wav(parser)
+    add_diffusion(parser)
+    add_speech_text(parser, asr=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     from tokenizers_lab.tokenizer import SpeechTokenizer
 
     tokenizer = load_tokenizer(args.model, device_of(args))
-    check_options(args, isinstance(tokenizer, SpeechTokenizer), [], ["rate", "float", "decoding"])
+    for_speech = ["rate", "float", "decoding", "text", "prompt", "prompt_text"]
+    check_options(args, isinstance(tokenizer, SpeechTokenizer), [], for_speech)
     sha256 = None if args.any_model else weights_sha256(resolve_folder(args.model))
     if isinstance(tokenizer, SpeechTokenizer):
         decode_sounds(args, tokenizer, sha256)
@@ -61,6 +69,8 @@ def decode_images(args: argparse.Namespace, tokenizer: "ImageTokenizer", sha256:
     from .encoded import check_maker, read_encoded
     from .pictures import save_png
 
+    decode: Any = tokenizer.decode      # a diffusion decoder takes more
+    options = decoder_options(args, tokenizer)
     targets = unique_names(args.files, output_folder(args.out), ".png")
     for file, target in show_progress(zip(args.files, targets), "decoding", len(targets)):
         encoded = read_encoded(file)
@@ -68,7 +78,7 @@ def decode_images(args: argparse.Namespace, tokenizer: "ImageTokenizer", sha256:
         if sha256:
             check_maker(encoded, sha256)
         with torch.inference_mode():
-            images = tokenizer.decode(stored[None].to(tokenizer.device))
+            images = decode(stored[None].to(tokenizer.device), **options)
         save_png(geometry.undo(images), target)
         say(f"{file} -> {target}")
 
@@ -94,8 +104,11 @@ def decode_sounds(args: argparse.Namespace, tokenizer: "SpeechTokenizer", sha256
     """A WAV of each file."""
     from .encoded import check_maker, read_encoded
     from .sounds import decode_codes, read_codes, save_sound, wav_options
+    from .spoken import check_text_options, decode_spoken, read_prompt
 
     wav = wav_options(args, tokenizer)
+    check_text_options(args, tokenizer)
+    prompt = read_prompt(args, tokenizer, hear=None)
     targets = unique_names(args.files, output_folder(args.out), ".wav")
     with progress_bar("decoding", len(targets)) as advance:
         for file, target in zip(args.files, targets):
@@ -103,5 +116,9 @@ def decode_sounds(args: argparse.Namespace, tokenizer: "SpeechTokenizer", sha256
             if sha256 and "original_rate" in encoded.header:
                 check_maker(encoded, sha256)
             codes, sound = read_codes(encoded, tokenizer)
-            save_sound(target, decode_codes(tokenizer, codes, wav, advance), sound, wav)
+            if args.text is None and prompt is None:
+                made = decode_codes(tokenizer, codes, wav, advance)
+            else:
+                made = decode_spoken(tokenizer, codes, sound, wav, args.text, prompt, advance)
+            save_sound(target, made, sound, wav)
             say(f"{file}: {sound.seconds:.2f} s -> {target}")

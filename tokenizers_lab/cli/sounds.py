@@ -17,6 +17,7 @@ from tokenizers_lab.data.resample import resample_blocks, resampled_length
 from tokenizers_lab.errors import InputError
 from tokenizers_lab.tokenizer import SpeechTokenizer
 
+from .common import decoder_options
 from .encoded import Encoded
 from .sound_meter import Clock, PairMeter
 
@@ -154,12 +155,13 @@ class Wav:
 
 
 def wav_options(args: argparse.Namespace, tokenizer: SpeechTokenizer) -> Wav:
-    """What --rate, --float and --decoding say. Raises InputError on a way of decoding that the tokenizer does not have."""
+    """What --rate, --float, --decoding, --steps, --cfg and --seed say. Raises InputError on what the tokenizer does not have."""
     if args.decoding and args.decoding not in tokenizer.decodings:
         ways = f"it has {', '.join(tokenizer.decodings)}" if tokenizer.decodings else "it has but one"
         raise InputError(f"{args.model} has no way of decoding called '{args.decoding}'; {ways}")
     options = {"decoding": args.decoding} if args.decoding else {}
-    return Wav(options, tokenizer.output_rate(**options), args.rate == "original", args.float)
+    rate = tokenizer.output_rate(**options)
+    return Wav({**options, **decoder_options(args, tokenizer)}, rate, args.rate == "original", args.float)
 
 
 def decode_codes(tokenizer: SpeechTokenizer, codes: Tensor, wav: Wav, advance: Advance) -> Iterator[Tensor]:

@@ -67,11 +67,19 @@ def split_windows(clip: Tensor) -> list[Tensor]:
     """A clip (samples,) in stretches of at most 30 s, cut at the quietest tenth of a second in each window's last 5 s."""
     pieces = []
     while len(clip) > WINDOW:
-        loudness = clip[WINDOW - SEARCH : WINDOW].unflatten(0, (-1, QUIET)).square().sum(-1)
-        cut = WINDOW - SEARCH + int(loudness.argmin()) * QUIET + QUIET // 2
+        cut = quietest_cut(clip, WINDOW, SEARCH, QUIET)
         pieces.append(clip[:cut])
         clip = clip[cut:]
     return [*pieces, clip]
+
+
+def quietest_cut(clip: Tensor, longest: int, search: int, quiet: int) -> int:
+    """Where to cut a clip (samples,): the middle of the quietest `quiet` samples of the last `search` before sample `longest`.
+
+    search: a multiple of quiet; the clip has at least `longest` samples.
+    """
+    loudness = clip[longest - search : longest].unflatten(0, (-1, quiet)).square().sum(-1)
+    return longest - search + int(loudness.argmin()) * quiet + quiet // 2
 
 
 class WhisperASR(ASR):
