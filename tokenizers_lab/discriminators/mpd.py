@@ -13,9 +13,9 @@ CHANNELS = (32, 128, 512, 1024, 1024)
 
 
 class PeriodDiscriminator(nn.Module):
-    """Convolutions along columns of the waveform folded to (T / period, period)."""
+    """Convolutions along columns of the waveform folded to (T / period, period); the last one's kernel is `last_kernel`."""
 
-    def __init__(self, period: int, channels: Sequence[int] = CHANNELS, pad_full: bool = False):
+    def __init__(self, period: int, channels: Sequence[int] = CHANNELS, pad_full: bool = False, last_kernel: int = 3):
         super().__init__()
         self.period, self.pad_full = period, pad_full
         strides = [3] * (len(channels) - 1) + [1]
@@ -23,7 +23,7 @@ class PeriodDiscriminator(nn.Module):
             weight_norm(nn.Conv2d(before, after, (5, 1), (stride, 1), padding=(2, 0)))
             for before, after, stride in zip([1, *channels], channels, strides)
         )
-        self.conv_post = weight_norm(nn.Conv2d(channels[-1], 1, (3, 1), padding=(1, 0)))
+        self.conv_post = weight_norm(nn.Conv2d(channels[-1], 1, (last_kernel, 1), padding=(last_kernel // 2, 0)))
 
     def forward(self, audio: Tensor) -> Judgement:
         """audio: (B, 1, T). The last feature map is the output."""
@@ -42,9 +42,11 @@ class PeriodDiscriminator(nn.Module):
 class MultiPeriodDiscriminator(nn.Module):
     """One member for each period. `pad_full`: a length that is a multiple of the period gets a whole period more."""
 
-    def __init__(self, periods: Sequence[int] = PERIODS, channels: Sequence[int] = CHANNELS, pad_full: bool = False):
+    def __init__(
+        self, periods: Sequence[int] = PERIODS, channels: Sequence[int] = CHANNELS, pad_full: bool = False, last_kernel: int = 3
+    ):
         super().__init__()
-        self.discriminators = nn.ModuleList(PeriodDiscriminator(period, channels, pad_full) for period in periods)
+        self.discriminators = nn.ModuleList(PeriodDiscriminator(period, channels, pad_full, last_kernel) for period in periods)
 
     def forward(self, audio: Tensor) -> list[Judgement]:
         """audio: (B, 1, T)."""
