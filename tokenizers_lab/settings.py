@@ -95,6 +95,7 @@ class StageConfig:
     epochs: float | None = None        # or in passes over the training data
     parts: list[str] = field(default_factory=list)   # submodules that train, e.g. encoder, decoder, heads; empty: all
     lr: float = 1e-4                   # peak learning rate of the generator
+    lr_scale: dict[str, float] = field(default_factory=dict)   # part of a parameter's name: factor of its learning rate
     discriminator_lr: float | None = None   # peak learning rate of the discriminators; none: the same
     warmup: float = 0.0                # linear warm-up
     schedule: str = "cosine"           # after warm-up: cosine (to min_lr) or constant

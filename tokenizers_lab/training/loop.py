@@ -104,7 +104,8 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
             nets.objective.train()
             generator = GeneratorStep(nets.tokenizer, nets.objective)
             generator_params = [p for p in generator.parameters() if p.requires_grad]
-            optimizers: dict[str, Any] = {"generator": build_optimizer(generator.named_parameters(), cfg.train.optimizer)}
+            optimizers: dict[str, Any] = {}
+            optimizers["generator"] = build_optimizer(generator.named_parameters(), cfg.train.optimizer, stage.lr_scale)
             generator, optimizers["generator"] = accelerator.prepare(generator, optimizers["generator"])
             adversary = None
             if any(stage.weights.get(term) for term in ADVERSARIAL) and len(nets.objective.discriminators):

@@ -1,32 +1,46 @@
 """Optimisers, learning rates and the moving average of the weights."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.settings import OptimizerConfig, StageConfig
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], cfg: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]], cfg: OptimizerConfig, lr_scale: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
     """Fused AdamW over the parameters that require gradients. Names with a part of `cfg.no_decay` are not decayed, nor, unless
-    `cfg.decay_vectors`, vectors and scalars. The learning rate is set by the loop at every step."""
-    trained = [(name, p) for name, p in named if p.requires_grad]
-    plain = [(p.dim() < 2 and not cfg.decay_vectors) or any(part in name for part in cfg.no_decay) for name, p in trained]
-    groups = [
-        {"params": [p for (_, p), skip in zip(trained, plain) if not skip], "weight_decay": cfg.weight_decay},
-        {"params": [p for (_, p), skip in zip(trained, plain) if skip], "weight_decay": 0.0},
+    `cfg.decay_vectors`, vectors and scalars. The learning rate is set by the loop at every step.
+
+    lr_scale: part of a name → factor of that rate; the first part that fits counts. Raises ConfigError on one that fits nothing.
+    """
+    every, scales = list(named), dict(lr_scale or {})
+    for part in scales:
+        if not any(part in name for name, _ in every):
+            raise ConfigError(f"lr_scale: no parameter's name contains '{part}'; names are like {every[0][0]}")
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in every:
+        if not p.requires_grad:
+            continue
+        plain = (p.dim() < 2 and not cfg.decay_vectors) or any(part in name for part in cfg.no_decay)
+        scale = next((factor for part, factor in scales.items() if part in name), 1.0)
+        groups.setdefault((scale, plain), []).append(p)
+    made = [
+        {"params": params, "weight_decay": 0.0 if plain else cfg.weight_decay, "lr_scale": scale}
+        for (scale, plain), params in sorted(groups.items(), key=lambda item: item[0])
     ]
-    groups = [g for g in groups if g["params"]]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
+    return torch.optim.AdamW(made, lr=0.0, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group this rate."""
+    """Give every parameter group this rate, times its factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def learning_rate(stage: StageConfig, peak: float, done: float, length: float) -> float:
