@@ -19,7 +19,7 @@ from tokenizers_lab.parity import GivenDraw, Rules, compare, read_rules, read_te
 SETS = Path(__file__).parent / "parity"
 SCRIPT = Path(__file__).parent.parent / "scripts" / "verify_parity.py"
 FOLDERS = [("rectok", "rectok"), ("rectok", "rectok-options"), ("rectok", "rectok-plain"), ("lm_spt", "lm_spt"),
-           ("dm_codec", "dm_codec")]
+           ("dm_codec", "dm_codec"), ("tadicodec", "tadicodec")]
 
 
 @pytest.mark.parametrize(("system", "folder"), FOLDERS, ids=[f for _, f in FOLDERS])

@@ -7,8 +7,9 @@ from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.nn.mel import MelConfig
 from tokenizers_lab.text import TextConfig, build_text_tokenizer
 
+from .vocoder_config import VOCODER_TERMS, VocoderObjectiveConfig, check_vocoder_objective
+
 CODEC_TERMS = ("flow", "entropy", "commitment")
-VOCODER_TERMS = ("mel", "gan", "feature_matching", "spectral_feature_matching")
 TERMS = CODEC_TERMS + VOCODER_TERMS
 VOCODERS = ("vocos", "griffin_lim")
 NORM_INITS = ("library", "identity")
@@ -48,24 +49,6 @@ class ModelConfig:
     guidance: float = 2.0             # of decoding, by default; 0 or 1: none, half the time
     rescale: float = 0.75             # of decoding, by default: share of the guided flow that gets the unguided one's deviation
     vocoder: VocoderConfig = field(default_factory=VocoderConfig)
-
-
-@dataclass
-class VocoderObjectiveConfig:
-    """Discriminators and mel loss of the vocoder's training."""
-
-    enabled: bool = False             # build them: for stages that train the vocoder
-    periods: list[int] = field(default_factory=lambda: [2, 3, 5, 7, 11])                    # period discriminators: samples
-    period_channels: int = 64         # of their first layer
-    period_growth: int = 2            # each further layer has so many times the channels …
-    period_most: int = 1024           # … up to this
-    windows: list[int] = field(default_factory=lambda: [128, 256, 512, 1024, 2048])         # spectral discriminators: samples
-    window_hops: list[int] = field(default_factory=list)      # their hops in samples; empty: a quarter of each window
-    spectral_channels: int = 64       # of their first layer
-    spectral_most: int = 1024         # channels of no layer exceed this
-    spectral_kernels: list[int] = field(default_factory=lambda: [5, 3])                     # of the layers, and of the last ones
-    mel_windows: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512, 1024, 2048])   # term `mel`: samples
-    mel_bands: list[int] = field(default_factory=lambda: [5, 10, 20, 40, 80, 160, 320])     # of each window
 
 
 @dataclass
@@ -115,6 +98,7 @@ def check_objective(cfg: ObjectiveConfig, where: str = "objective") -> None:
     for name in ("prompt_drop", "condition_drop", "text_drop"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise ConfigError(f"{where}.{name} must be from 0 to 1, not {getattr(cfg, name):g}")
+    check_vocoder_objective(cfg.vocoder, f"{where}.vocoder")
 
 
 STAGE_MAY_CHANGE = ("prompt_drop", "condition_drop", "text_drop", "batch_as_released")
@@ -136,7 +120,7 @@ def validate(cfg: Any) -> None:
             raise ConfigError(f"stages.{i}.weights: tadicodec has no loss '{unknown[0]}'; it has {', '.join(TERMS)}")
         coded, voiced = ([name for name in terms if stage.weights.get(name)] for terms in (CODEC_TERMS, VOCODER_TERMS))
         if coded and voiced:      # the flow gives no audio: one step cannot serve both
-            raise ConfigError(f"stages.{i}.weights has '{coded[0]}' of the codec and '{voiced[0]}' of the vocoder: train them apart")
+            raise ConfigError(f"stages.{i}.weights has '{coded[0]}' of the codec and '{voiced[0]}' of the vocoder: two stages")
         if coded and not cfg.model.codec:
             raise ConfigError(f"stages.{i}.weights.{coded[0]} needs model.codec=true")
         if voiced and cfg.model.vocoder.kind != "vocos":

@@ -44,11 +44,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def learning_rate(stage: StageConfig, peak: float, done: float, length: float) -> float:
-    """Rate after `done` of `length` (both in the stage's unit): linear warm-up from 0, then half a cosine or constant."""
+    """Rate after `done` of `length` (both in the stage's unit): linear warm-up from 0, then half a cosine, constant, or
+    peak · √(warmup / done) (Vaswani et al. 2017)."""
     if done < stage.warmup:
         return peak * done / stage.warmup
     if stage.schedule == "constant":
         return peak
+    if stage.schedule == "inverse_sqrt":
+        return peak * math.sqrt(stage.warmup / done) if done else peak
     share = (done - stage.warmup) / max(length - stage.warmup, 1e-12)
     return stage.min_lr + (peak - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
