@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tokenizers_lab.config import load_config
 from tokenizers_lab.errors import CheckpointError, ConfigError
 from tokenizers_lab.models.tadicodec import convert_vocoder as convert
 from tokenizers_lab.models.tadicodec.parity_vocoder import build_losses, build_vocoder, vocoder_tensors
@@ -224,3 +225,27 @@ def test_sizes_that_make_no_network_are_refused(change, message):
         check_vocoder_objective(replace(SMALL, **change))
     with pytest.raises(ConfigError, match=message):
         VocoderLosses(replace(SMALL, **change), 8000)
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------------
+
+def test_the_recipe_is_amphions():
+    cfg = load_config("tadicodec/vocos-24k")
+    stage = cfg.stages[0]
+    loss = CONFIG["loss"]
+    assert stage.weights == {
+        "mel": loss["mel_loss_weight"], "gan": loss["adv_loss_weight"], "feature_matching": loss["fm_loss_weight"],
+        "spectral_feature_matching": loss["spec_fm_loss_weight"]}
+    assert (stage.steps, stage.lr, stage.schedule, stage.warmup, stage.starts) == (100_000, 1e-4, "constant", 0, {})
+    for optimizer in (cfg.train.optimizer, cfg.train.discriminator_optimizer):
+        assert (tuple(optimizer.betas), optimizer.weight_decay, optimizer.clip) == ((0.5, 0.9), 0, 0)
+    assert (cfg.train.batch_size, cfg.train.ema, cfg.data.segment_seconds, cfg.data.sample_rate) == (48, 0, 3, 24_000)
+    assert cfg.objective.vocoder == VocoderObjectiveConfig(enabled=True) and not cfg.model.codec
+
+
+def test_the_small_recipe_has_every_term_and_the_mel_of_the_release():
+    cfg, whole = load_config("tadicodec/vocoder-24k-tiny"), load_config("tadicodec/vocos-24k")
+    stage = cfg.stages[0]
+    assert stage.weights == whole.stages[0].weights and set(stage.weights) == ALL
+    assert set(stage.starts) == ALL - {"mel"} and max(stage.starts.values()) < stage.steps
+    assert cfg.model.mel == whole.model.mel and cfg.data.train == "sample:speech"

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from tokenizers_lab.draw import Draw
 
-ADVERSARIAL = frozenset({"gan", "feature_matching"})      # terms that need discriminators, which train while one is active
+# terms that need discriminators, which train while one is active
+ADVERSARIAL = frozenset({"gan", "feature_matching", "spectral_feature_matching"})
 Judge = Callable[[Tensor, Tensor], None]
 
 
