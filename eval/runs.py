@@ -67,7 +67,8 @@ def open_run(folder: str | Path) -> RunFolder:
     config = load_config(str(path / "config.yaml"))
     checkpoint = newest_checkpoint(path)
     boundaries, start = [], 0
-    for stage, (steps, _) in zip(config.stages, stage_lengths(config)):
+    world = len(list(checkpoint.glob("training/rank_*.pt"))) if checkpoint else 1
+    for stage, (steps, _) in zip(config.stages, stage_lengths(config, world)):
         boundaries.append((stage.name, start))
         start += steps
     step = 0 if checkpoint is None else int(read_state(checkpoint)["step"])

@@ -19,14 +19,14 @@ CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
 ABOVE_ZERO: dict[type, tuple[str, ...]] = {
     ImageDataConfig: ("size", "max_pixels"),
     SpeechDataConfig: ("sample_rate", "channels", "segment_seconds", "max_seconds", "val_seconds",
-                       "teacher_rate"),
+                       "teacher_rate", "batch_frames", "frame_rate"),
     TrainConfig: ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep_last", "max_strikes", "max_minutes"),
     StageConfig: ("steps", "epochs"),
     OptimizerConfig: ("eps",),
 }
 NOT_NEGATIVE: dict[type, tuple[str, ...]] = {
     ImageDataConfig: ("crop_min", "crop_max", "workers", "bad_fraction", "shuffle_buffer"),
-    SpeechDataConfig: ("min_seconds", "workers", "bad_fraction", "shuffle_buffer"),
+    SpeechDataConfig: ("min_seconds", "text_frames", "workers", "bad_fraction", "shuffle_buffer"),
     TrainConfig: ("validate_every", "keep_best", "ema"),
     StageConfig: ("lr", "discriminator_lr", "warmup", "min_lr"),
     OptimizerConfig: ("weight_decay", "clip"),
@@ -76,6 +76,10 @@ def check_run(cfg: RunConfig, origins: Origins, override_objective: Callable[[An
         refuse("data.crop_max", f"{data.crop_max} is below the smallest crop, {data.crop_min or data.size}")
     if isinstance(data, SpeechDataConfig) and data.max_seconds <= data.min_seconds:
         refuse("data.max_seconds", f"{data.max_seconds:g} is not above data.min_seconds, {data.min_seconds:g}")
+    if isinstance(data, SpeechDataConfig) and data.batch_frames is not None:
+        for option in ("features", "teacher_rate"):
+            if getattr(data, option) is not None:
+                refuse(f"data.{option}", "it is of segments, and data.batch_frames gives whole clips; give one of the two")
     rate = getattr(cfg.model, "sample_rate", None)
     if isinstance(data, SpeechDataConfig) and rate is not None and data.sample_rate != rate:
         refuse("data.sample_rate", f"the data are read at {data.sample_rate} Hz, but the model takes {rate}")

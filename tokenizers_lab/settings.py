@@ -39,6 +39,10 @@ class SpeechDataConfig:
     features: str | None = None      # folder of teachers' features that `toklab features` made; none: they are computed
     segment_seconds: float = 3.0     # length of a training segment; shorter clips are followed by zeros
     crop: str = "random"             # random: another stretch each time; fixed: one random stretch a clip; start: the beginning
+    batch_frames: int | None = None  # whole clips of similar length in place of segments: clips of a micro-batch × the longest
+                                     # stay within so many frames; train.batch_size only limits how many clips they are
+    frame_rate: float = 50.0         # batch_frames: frames of a second
+    text_frames: float = 0.0         # batch_frames: frames that each byte of a clip's text counts as
     min_seconds: float = 0.0         # shorter clips are left out
     max_seconds: float = 3600.0      # longer clips are left out
     val_limit: int | None = None     # at most this many validation clips; none: all

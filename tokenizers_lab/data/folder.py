@@ -32,6 +32,10 @@ class Names(Sequence[str]):
             raise IndexError(index)
         return os.fsdecode(self._text[self._ends[index] : self._ends[index + 1]].tobytes())
 
+    def sizes(self) -> np.ndarray:
+        """Bytes of each string, int64 (N,)."""
+        return np.diff(self._ends)
+
 
 @dataclass
 class ImageFolder:

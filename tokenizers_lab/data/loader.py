@@ -11,13 +11,14 @@ from typing import Any, overload
 from torch.utils.data import Dataset
 
 from tokenizers_lab.data.batch import ImageBatch, SpeechBatch
+from tokenizers_lab.data.buckets import Plan, PlannedBatches, PlannedShardBatches, plan_listing
 from tokenizers_lab.data.decode import read_image
 from tokenizers_lab.data.fetched import Fetched
 from tokenizers_lab.data.images import ImageReader
 from tokenizers_lab.data.listed import ListedBatches, ListedValidation
 from tokenizers_lab.data.processes import Fetcher
 from tokenizers_lab.data.quarantine import Bad, Quarantine
-from tokenizers_lab.data.reading import Reader
+from tokenizers_lab.data.reading import Listing, Reader
 from tokenizers_lab.data.sampling import spread
 from tokenizers_lab.data.shards import ShardBatches, ShardValidation, fingerprint
 from tokenizers_lab.data.sources import Source, resolve_source, sample_path
@@ -26,7 +27,8 @@ from tokenizers_lab.data.transforms import fit_image
 from tokenizers_lab.errors import CheckpointError, ConfigError, DataError
 from tokenizers_lab.settings import ImageDataConfig, SpeechDataConfig
 
-__all__ = ["Loader", "build_loader", "fit_image", "fixed_crops", "len_samples", "read_image", "sample_path", "validation_batches"]
+__all__ = ["Loader", "build_loader", "fit_image", "fixed_crops", "len_batches", "len_samples", "read_image", "sample_path",
+           "validation_batches"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +91,10 @@ def build_loader(
 ) -> Loader:
     """Endless training batches of one rank: ImageBatch or SpeechBatch, as the config's type says.
 
-    batch_size: samples of a micro-batch of this rank. start_step: micro-steps that were already taken. state: as yielded
-    with the last of them; shards need it, for folders it only carries on the counts of unreadable samples (and stands in
-    for a start_step of 0). quarantine: JSONL file that lists unreadable samples; all ranks may share it.
+    batch_size: samples of a micro-batch of this rank; with data.batch_frames the most that there can be. start_step:
+    micro-steps that were already taken. state: as yielded with the last of them; shards need it, for folders it only carries on
+    the counts of unreadable samples (and stands in for a start_step of 0). quarantine: JSONL file that lists unreadable
+    samples; all ranks may share it.
     Raises ConfigError, DataError if there are no data, CheckpointError if `state` does not fit the data or the processes.
     """
     reader = checked_reader(cfg)
@@ -99,23 +102,25 @@ def build_loader(
     source = find_source(reader, cfg.train, "train")
     state = dict(state or {})
     dataset: Dataset
+    listed = Quarantine(quarantine, cfg.bad_fraction)
     if not source.shards:
         listing = reader.listing(source)
-        fresh = {"kind": "folder", "samples": len(listing), "batches": start_step, "positions": []}
-        _compare(state, fresh, {"kind": "data.train is now a {now}, was a {was}; name the same source",
-                                "samples": f"data.train holds {{now}} {reader.noun}, held {{was}}; restore them"})
-        step = start_step or state.get("batches", 0)
-        dataset, workers = ListedBatches(listing, reader, batch_size, seed, rank, world), cfg.workers
-        state = {**fresh, "batches": step, "seen": state.get("seen", 0), "bad": state.get("bad", 0)}
-        fetcher = Fetcher(dataset, workers, _Steps(step))
+        plan = None if reader.room is None else plan_listing(listing, reader, batch_size)
+        state = _listing_state(reader.noun, len(listing), plan, world, start_step, state)
+        if plan is None:
+            dataset = ListedBatches(listing, reader, batch_size, seed, rank, world)
+        else:
+            dataset = PlannedBatches(listing, reader, plan, seed, rank, world)
+            listed.write_down(_left_out(reader, listing, plan))
+        fetcher = Fetcher(dataset, cfg.workers, _Steps(state["batches"]))
     else:
-        state = _shard_state(cfg, source.shards, rank, world, start_step, state)
+        state = _shard_state(cfg, source.shards, rank, world, start_step, state, reader.room is not None)
         positions = [list(p) for p in state["positions"]]
-        dataset = ShardBatches(
-            source.shards, reader, cfg.shuffle_buffer, batch_size, seed, rank, world, positions, state["batches"]
-        )
+        kind = ShardBatches if reader.room is None else PlannedShardBatches
+        dataset = kind(source.shards, reader, cfg.shuffle_buffer, batch_size, seed, rank, world, positions, state["batches"])
         fetcher = Fetcher(dataset, min(cfg.workers, len(positions)))
-    return Loader(fetcher, Quarantine(quarantine, cfg.bad_fraction, state["seen"], state["bad"]), state)
+    listed.seen, listed.bad = state["seen"], state["bad"]
+    return Loader(fetcher, listed, state)
 
 
 def len_samples(cfg: DataConfig) -> int | None:
@@ -123,6 +128,16 @@ def len_samples(cfg: DataConfig) -> int | None:
     reader = checked_reader(cfg)
     source = find_source(reader, cfg.train, "train")
     return cfg.samples if source.shards else len(reader.listing(source))
+
+
+def len_batches(cfg: DataConfig, batch_size: int) -> int | None:
+    """Number of micro-batches of an epoch over all ranks where data.batch_frames forms them; None of shards, which do not tell.
+
+    batch_size: the most samples of a micro-batch. Raises ConfigError, DataError.
+    """
+    reader = checked_reader(cfg)
+    source = find_source(reader, cfg.train, "train")
+    return None if source.shards else len(plan_listing(reader.listing(source), reader, batch_size))
 
 
 @overload
@@ -204,8 +219,40 @@ def _validate(fetcher: Fetcher, on_bad: OnBad | None) -> Iterator[Any]:
         fetcher.close()
 
 
+def _left_out(reader: Reader, listing: Listing, plan: Plan) -> list[Bad]:
+    """The samples whose size is not known, with the reason; how many these and the too large ones are is logged."""
+    if plan.too_large or plan.unknown:
+        logger.warning("left out: %s %s larger than data.batch_frames, %s of unknown length", f"{plan.too_large:,}", reader.noun,
+                       f"{len(plan.unknown):,}")
+    bad = []
+    for raw in map(listing.raw, plan.unknown):
+        try:
+            reader.size(raw)
+            bad.append(Bad(raw.key, f"{raw.name}: its listed length is no number"))
+        except DataError as error:
+            bad.append(Bad(raw.key, str(error)))
+    return bad
+
+
+def _listing_state(
+    noun: str, samples: int, plan: Plan | None, world: int, start_step: int, state: dict[str, Any]
+) -> dict[str, Any]:
+    """That of the start or of the given step, with the counts of the given state, if that fits."""
+    step = start_step or state.get("batches", 0)
+    fresh: dict[str, Any] = {"kind": "folder", "samples": samples, "batches": step, "positions": []}
+    _compare(state, fresh, {"kind": "data.train is now a {now}, was a {was}; name the same source",
+                            "samples": f"data.train holds {{now}} {noun}, held {{was}}; restore them"})
+    if plan is not None:
+        fresh |= {"world": world, "plan": len(plan)}
+        _compare(state, fresh, {
+            "world": "resume with {was} processes (now {now}): each takes a batch of data.batch_frames at a step",
+            "plan": f"the {noun} of data.train make {{now}} batches, made {{was}}; restore them",
+        })   # fmt: skip
+    return {**fresh, "seen": state.get("seen", 0), "bad": state.get("bad", 0)}
+
+
 def _shard_state(
-    cfg: DataConfig, urls: tuple[str, ...], rank: int, world: int, start_step: int, state: dict[str, Any]
+    cfg: DataConfig, urls: tuple[str, ...], rank: int, world: int, start_step: int, state: dict[str, Any], planned: bool
 ) -> dict[str, Any]:
     """The given state, if it fits, or that of the start: each stream at its first shard."""
     if len(urls) < world:
@@ -213,10 +260,10 @@ def _shard_state(
     workers = min(max(cfg.workers, 1), len(urls) // world)   # each stream needs a shard of its own
     if workers < cfg.workers:
         logger.warning("%d shards over %d processes keep %d of data.workers=%d busy", len(urls), world, workers, cfg.workers)
-    streams = [rank * workers + w for w in range(workers)]
+    positions = [[0, rank * workers + w, 0, *[0] * planned] for w in range(workers)]
     fresh = {
         "kind": "shards", "samples": len(urls), "names": fingerprint(urls), "world": world, "workers": workers, "rank": rank,
-        "shuffle_buffer": cfg.shuffle_buffer, "batches": 0, "positions": [[0, s, 0] for s in streams], "seen": 0, "bad": 0,
+        "shuffle_buffer": cfg.shuffle_buffer, "batches": 0, "positions": positions, "seen": 0, "bad": 0,
     }   # fmt: skip
     if not state:
         if start_step:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,35 +103,41 @@ def write_manifest(path: Path, rows: Sequence[Row]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def open_clips(root: str | Path, shortest: float = 0.0, longest: float = math.inf) -> ClipListing:
+def open_clips(root: str | Path, shortest: float = 0.0, longest: float = math.inf, timed: bool = False) -> ClipListing:
     """The clips of a manifest, or of a folder: as its manifest.jsonl (.csv, .tsv) says, or else every sound file under it.
 
     shortest, longest: limits in seconds; where durations are not listed, headers are read to know them, if there are limits.
+    timed: headers are read for all durations that are not listed; those of unreadable files remain unknown.
     Kept while the manifest, or none of the folders, changes. Raises DataError if there is no clip, or none within the limits.
     """
     root = Path(root).expanduser().absolute()
     if root.is_dir():
         listed = next((root / f"manifest{ending}" for ending in MANIFESTS if (root / f"manifest{ending}").is_file()), None)
         if listed is None:
-            return remembered(f"clips {shortest} {longest}", root, lambda folder, names: _choose(
-                folder, [Row(name) for name in names], shortest, longest), EXTENSIONS, "sound files")
+            return remembered(f"clips {shortest} {longest} {timed}", root, lambda folder, names: _choose(
+                folder, [Row(name) for name in names], shortest, longest, timed), EXTENSIONS, "sound files")
         root = listed
     try:
         written = root.stat().st_mtime_ns
     except OSError:
         raise DataError(f"there is no manifest {root}") from None
-    key = (root, shortest, longest)
+    key = (root, shortest, longest, timed)
     if key not in _known or _known[key][0] != written:
-        _known[key] = written, _choose(root.parent, list(read_manifest(root)), shortest, longest, root)
+        _known[key] = written, _choose(root.parent, list(read_manifest(root)), shortest, longest, timed, root)
     return _known[key][1]
 
 
-_known: dict[tuple[Path, float, float], tuple[int, ClipListing]] = {}
+_known: dict[tuple[Path, float, float, bool], tuple[int, ClipListing]] = {}
 
 
-def _choose(root: Path, rows: list[Row], shortest: float, longest: float, listed: Path | None = None) -> ClipListing:
+def _choose(
+    root: Path, rows: list[Row], shortest: float, longest: float, timed: bool, listed: Path | None = None
+) -> ClipListing:
     limited = shortest > 0 or longest < math.inf
-    chosen = [row for row in rows if not limited or _within(root, row, shortest, longest)]
+    if limited or timed:
+        rows = [_timed(root, row) for row in rows]
+    # an unreadable clip is taken, so that it is noticed where clips are decoded
+    chosen = [row for row in rows if not limited or row.duration is None or shortest <= row.duration <= longest]
     if not chosen:
         what = f" between {shortest:g} and {longest:g} s long; widen data.min_seconds and data.max_seconds" if rows else ""
         raise DataError(f"{listed or root}: lists no clip{what}")
@@ -142,15 +148,14 @@ def _choose(root: Path, rows: list[Row], shortest: float, longest: float, listed
     return ClipListing(root, files, texts, speakers, languages, durations)
 
 
-def _within(root: Path, row: Row, shortest: float, longest: float) -> bool:
-    """Whether a clip is within the limits; an unreadable one is, so that it is noticed where clips are decoded."""
-    seconds = row.duration
-    if seconds is None:
-        try:
-            seconds = audio_info(os.path.join(root, row.file)).seconds
-        except DataError:
-            return True
-    return shortest <= seconds <= longest
+def _timed(root: Path, row: Row) -> Row:
+    """The clip with the duration of its header, where none is listed and the file is readable."""
+    if row.duration is not None:
+        return row
+    try:
+        return replace(row, duration=audio_info(os.path.join(root, row.file)).seconds)
+    except DataError:
+        return row
 
 
 def _parse(line: str, path: Path, number: int) -> dict[str, Any]:

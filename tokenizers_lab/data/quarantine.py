@@ -41,9 +41,7 @@ class Quarantine:
         """Add a batch's readable and unreadable samples. Raises DataError if the unreadable ones are too many."""
         self.seen += good + len(bad)
         self.bad += len(bad)
-        fresh = list({b.key: b for b in bad if b.key not in self._listed}.values())
-        if fresh:
-            self._list(fresh)
+        self.write_down(bad)
         if bad and self.bad > self.allowed * max(self.seen, JUDGED_FROM):
             listed = f"; they are listed in {self.path}" if self.path else ""
             raise DataError(
@@ -51,7 +49,11 @@ class Quarantine:
                 f"{listed}; the last one: {bad[-1].reason}"
             )
 
-    def _list(self, fresh: list[Bad]) -> None:
+    def write_down(self, bad: Sequence[Bad]) -> None:
+        """Write down samples that are not listed yet, without counting them. Raises DataError if the file cannot be written."""
+        fresh = {b.key: b for b in bad if b.key not in self._listed}.values()
+        if not fresh:
+            return
         for sample in fresh:
             logger.warning("skipped an unreadable sample: %s", sample.reason)
         if self.path is None:

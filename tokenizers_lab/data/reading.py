@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from tokenizers_lab.data.fetched import Fetched
 from tokenizers_lab.data.sources import Source
 
@@ -39,6 +41,7 @@ class Reader(ABC):
     sample: str                          # the sample set that errors propose
     manifests: tuple[str, ...] = ()      # endings of files that list samples
     parts: tuple[str, ...]               # endings of a shard's files that it reads
+    room: float | None = None            # samples of a batch × the largest `size` stay within it; none: sizes do not count
 
     @abstractmethod
     def check(self) -> None:
@@ -58,6 +61,14 @@ class Reader(ABC):
     def wants(self, raw: Raw) -> bool:
         """Whether the config admits a sample of a shard; those of a listing were chosen when it was made. Raises DataError."""
         return True
+
+    def size(self, raw: Raw) -> float:
+        """What a sample of a shard takes of the room. Raises DataError if that cannot be known."""
+        raise NotImplementedError
+
+    def sizes(self, listing: Any) -> np.ndarray:
+        """What each sample of a listing takes of the room: float64 (N,); NaN where it cannot be known."""
+        raise NotImplementedError
 
     @abstractmethod
     def training(self, raw: Raw, numbers: Numbers) -> Any:

@@ -80,12 +80,16 @@ class ShardStream:
     def samples(self, epoch: int, place: int, index: int) -> Iterator[tuple[str, dict[str, Any], list[int]]]:
         """From a position on: the shard, the raw sample, and the position after it. Raises DataError."""
         first = index % self.buffer
-        for url, turn, start, block in read_ahead(self._blocks(epoch * len(self.urls) + place, index - first)):
-            epoch, place = divmod(turn, len(self.urls))
-            order = Draw(self.seed, step=epoch).within(f"{place}/{start}").permutation("block", len(block)).tolist()
+        for url, now, at, start, block in self.blocks(epoch, place, index - first):
+            order = Draw(self.seed, step=now).within(f"{at}/{start}").permutation("block", len(block)).tolist()
             for i in range(first, len(block)):
-                yield url, block[order[i]], [epoch, place, start + i + 1]
+                yield url, block[order[i]], [now, at, start + i + 1]
             first = 0
+
+    def blocks(self, epoch: int, place: int, index: int) -> Iterator[tuple[str, int, int, int, list[dict[str, Any]]]]:
+        """From the first sample of a block on: shard, epoch, place, index of the first sample, and samples. Raises DataError."""
+        for url, turn, start, block in read_ahead(self._blocks(epoch * len(self.urls) + place, index)):
+            yield url, *divmod(turn, len(self.urls)), start, block
 
     def _blocks(self, turn: int, start: int) -> Iterator[tuple[str, int, int, list[dict[str, Any]]]]:
         """Shard, turn, index of its first sample, and samples of each block from a position on."""

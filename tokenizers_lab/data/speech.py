@@ -1,4 +1,4 @@
-"""Speech for the loader: random segments of clips to train on, whole clips to validate with."""
+"""Speech for the loader: random segments of clips, or whole ones, to train on; whole clips to validate with."""
 
 import json
 import math
@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tokenizers_lab.data.audio import audio_info, check_length, open_audio, read_segment
+from tokenizers_lab.data.audio import AudioFile, audio_info, check_length, open_audio, read_segment
 from tokenizers_lab.data.batch import SpeechBatch
 from tokenizers_lab.data.fetched import Fetched
 from tokenizers_lab.data.manifest import MANIFESTS, ClipListing, open_clips, to_row
@@ -49,6 +50,7 @@ class SpeechReader(Reader):
 
     def __init__(self, cfg: SpeechDataConfig):
         self.cfg = cfg
+        self.room = cfg.batch_frames
         self.features: dict[str, FeatureFolder] = {}
 
     def check(self) -> None:
@@ -58,6 +60,10 @@ class SpeechReader(Reader):
             raise ConfigError(f"data.crop is '{cfg.crop}'; it can be {', '.join(CROPS)}")
         if cfg.features and cfg.crop == "random":
             raise ConfigError("data.features are of known crops: set data.crop=fixed or data.crop=start, not random")
+        if cfg.batch_frames is not None and (cfg.features or cfg.teacher_rate is not None):
+            raise ConfigError("data.batch_frames gives whole clips; data.features and data.teacher_rate are of segments")
+        if (cfg.batch_frames is not None and cfg.batch_frames < 1) or not cfg.frame_rate > 0 or not cfg.text_frames >= 0:
+            raise ConfigError("data.batch_frames and data.frame_rate must be positive, data.text_frames at least 0")
         if cfg.sample_rate < 1 or cfg.channels < 1 or round(cfg.segment_seconds * cfg.sample_rate) < 1:
             raise ConfigError("data.sample_rate, data.channels and data.segment_seconds must be positive")
         if cfg.teacher_rate is not None and cfg.teacher_rate < 1:
@@ -74,7 +80,8 @@ class SpeechReader(Reader):
         """The clips of a folder or a manifest that are within the limits. Raises DataError."""
         where = source.manifest or source.folder
         assert where is not None
-        return open_clips(where, self.cfg.min_seconds, self.cfg.max_seconds if self.cfg.max_seconds < UNLIMITED else math.inf)
+        longest = self.cfg.max_seconds if self.cfg.max_seconds < UNLIMITED else math.inf
+        return open_clips(where, self.cfg.min_seconds, longest, timed=self.room is not None)
 
     def from_shard(self, sample: dict[str, Any], name: str) -> Raw:
         """The sound, with what the JSON or text file beside it says. Raises DataError."""
@@ -96,14 +103,24 @@ class SpeechReader(Reader):
         """Whether a clip of a shard is within the limits; its header tells where nothing else does. Raises DataError."""
         if self.cfg.min_seconds <= 0 and self.cfg.max_seconds >= UNLIMITED:
             return True
-        seconds = raw.about["duration"]
-        if seconds is None:
-            seconds = audio_info(raw.content, raw.name).seconds
-        return self.cfg.min_seconds <= seconds <= self.cfg.max_seconds
+        return self.cfg.min_seconds <= clip_seconds(raw) <= self.cfg.max_seconds
+
+    def size(self, raw: Raw) -> float:
+        """Frames that a clip takes in a batch, its text counted. Raises DataError if its length is nowhere to be read."""
+        text = (raw.about["text"] or "").encode("utf-8", errors="replace")
+        return clip_seconds(raw) * self.cfg.frame_rate + len(text) * self.cfg.text_frames
+
+    def sizes(self, listing: ClipListing) -> np.ndarray:
+        """The same of all clips of a listing: float64 (N,); NaN where the length is not known."""
+        return listing.durations.astype(np.float64) * self.cfg.frame_rate + listing.texts.sizes() * self.cfg.text_frames
 
     def training(self, raw: Raw, numbers: Numbers) -> SpeechView:
-        """A segment of a clip, or a shorter clip whole. Raises DataError."""
+        """A segment of a clip, or a shorter clip whole; with data.batch_frames whole clips. Raises DataError."""
         cfg = self.cfg
+        if cfg.batch_frames is not None:
+            with open_audio(raw.content, raw.name) as file:
+                check_length(file, min(cfg.max_seconds, cfg.batch_frames / cfg.frame_rate))      # a listed one may be wrong
+                return SpeechView(self._whole(file), 0, raw.about)
         wanted = round(cfg.segment_seconds * cfg.sample_rate)
         place = {"random": numbers[0], "fixed": view_numbers(0, raw.key)[0], "start": 0.0}[cfg.crop]
         with open_audio(raw.content, raw.name) as file:
@@ -125,15 +142,19 @@ class SpeechReader(Reader):
     def validation(self, raw: Raw) -> SpeechView:
         """A whole clip, or its beginning. Raises DataError."""
         with open_audio(raw.content, raw.name) as file:
-            wanted = resampled_length(file.info.samples, file.info.sample_rate, self.cfg.sample_rate)
-            if self.cfg.val_seconds is not None:
-                wanted = min(wanted, round(self.cfg.val_seconds * self.cfg.sample_rate))
-            else:
+            if self.cfg.val_seconds is None:
                 check_length(file, self.cfg.max_seconds)
-            return SpeechView(read_segment(file, 0, wanted, self.cfg.sample_rate, self.cfg.channels), 0, raw.about)
+            return SpeechView(self._whole(file, self.cfg.val_seconds), 0, raw.about)
+
+    def _whole(self, file: AudioFile, seconds: float | None = None) -> Tensor:
+        """All samples of a clip, or those of its first seconds: (channels, samples). Raises DataError."""
+        samples = resampled_length(file.info.samples, file.info.sample_rate, self.cfg.sample_rate)
+        if seconds is not None:
+            samples = min(samples, round(seconds * self.cfg.sample_rate))
+        return read_segment(file, 0, samples, self.cfg.sample_rate, self.cfg.channels)
 
     def assemble(self, views: Sequence[SpeechView], keys: list[str]) -> "FetchedSpeech":
-        """A batch of views, each followed by zeros up to the longest; training views up to a segment's length."""
+        """A batch of views, each followed by zeros up to the longest; segments up to their full length."""
         lengths = torch.tensor([view.audio.shape[1] for view in views])
         longest = max(int(lengths.max()), *(view.room for view in views))
         audio = torch.zeros(len(views), self.cfg.channels, longest)
@@ -156,6 +177,12 @@ class SpeechReader(Reader):
         )   # fmt: skip
 
 
+def clip_seconds(raw: Raw) -> float:
+    """Length of a clip: what is listed, else what its header says. Raises DataError."""
+    listed = raw.about.get("duration")
+    return audio_info(raw.content, raw.name).seconds if listed is None else listed
+
+
 def crop_options(cfg: SpeechDataConfig) -> dict[str, Any]:
     """The options that decide what a training segment is."""
     return {name: getattr(cfg, name) for name in ("crop", "segment_seconds", "sample_rate", "channels")}
@@ -167,6 +194,8 @@ class FixedCrops(SpeechReader):
     def check(self) -> None:
         """Raises ConfigError if an option is out of its range, or if the crops are random."""
         super().check()
+        if self.cfg.batch_frames is not None:
+            raise ConfigError("only segments can be computed beforehand, and data.batch_frames gives whole clips: leave it out")
         if self.cfg.crop == "random":
             raise ConfigError("only known crops can be computed beforehand: set data.crop=fixed or data.crop=start, not random")
 

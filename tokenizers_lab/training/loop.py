@@ -62,7 +62,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
     if checkpoint is not None:
         state, saved_optimizers, data_state = run_parts.read_checkpoint(checkpoint, nets, accelerator)
     saved_step = state.step if checkpoint is not None else -1
-    lengths = run_parts.stage_lengths(cfg)
+    lengths = run_parts.stage_lengths(cfg, world)
     total_steps = sum(steps for steps, _ in lengths)
     unvalidated = cfg.data.val and state.validated != state.step      # a signal came while it was validating
     if state.step >= total_steps and not unvalidated:
@@ -81,7 +81,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
         tracker.say(f"resumed from {checkpoint}")
     meter = Meter()
     intervals = {"validate": cfg.train.validate_every, "save": cfg.train.checkpoint_every}
-    interval_began, interval_steps = time.monotonic(), 0
+    interval_began, interval_samples = time.monotonic(), 0
 
     with StopFlag() as stop:
         first = 0
@@ -205,13 +205,13 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                 state.validation = {}
 
                 # --- numbers ----------------------------------------------------------------------------------------
-                interval_steps += 1
+                interval_samples += sum(map(len, taken))
                 if state.step % cfg.train.log_every == 0 or state.step == last:
                     means = meter.read()
                     row = accelerator.reduce(torch.stack(list(means.values())), "mean").tolist() if means else []
                     record = dict(zip(means, row))      # empty where no step of the interval was finite
                     seconds = time.monotonic() - interval_began
-                    speed = interval_steps * cfg.train.batch_size / seconds
+                    speed = float(accelerator.reduce(torch.tensor(float(interval_samples), device=device), "sum")) / seconds
                     waiting = loader.wait_seconds() / seconds
                     record |= {"lr": lr, "samples_per_second": speed, "waiting": waiting}
                     tracker.log(state.step, stage.name, "train", record)
@@ -219,7 +219,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                     if device.type == "cuda":
                         note += f"  GPU {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
                     tracker.progress(state.step, stage.name, note)
-                    interval_began, interval_steps = time.monotonic(), 0
+                    interval_began, interval_samples = time.monotonic(), 0
                 else:
                     tracker.progress(state.step, stage.name)
             accelerator.free_memory()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokenizers_lab.config import load_config, save_config
-from tokenizers_lab.data.loader import len_samples, validation_batches
+from tokenizers_lab.data.loader import len_batches, len_samples, validation_batches
 from tokenizers_lab.data.resample import resample
 from tokenizers_lab.draw import stable_seed
 from tokenizers_lab.errors import CheckpointError, ConfigError, TrainingError
@@ -251,21 +251,36 @@ def init_from(networks: Networks, source: str) -> None:
                 warnings.warn(f"init_from: the heads in {file} do not fit this objective and start anew", stacklevel=2)
 
 
-def stage_lengths(cfg: RunConfig) -> list[tuple[int, float]]:
-    """(steps, units a step) of each stage: the unit is a step, or an epoch where the stage is given in epochs."""
-    samples = None
+def stage_lengths(cfg: RunConfig, world: int = 1) -> list[tuple[int, float]]:
+    """(steps, units a step) of each stage: the unit is a step, or an epoch where the stage is given in epochs.
+
+    world: number of processes; with data.batch_frames an epoch has steps according to it. Raises ConfigError, DataError.
+    """
+    units = None      # samples of an epoch, or batches of whole clips; and of a step
     lengths = []
     for stage in cfg.stages:
         if stage.steps is not None:
             lengths.append((stage.steps, 1.0))
             continue
-        if samples is None:
-            samples = len_samples(cfg.data)
-        if samples is None:
-            raise ConfigError(f"stage '{stage.name}' is given in epochs, but shards do not tell their size: set data.samples")
+        units = units or _units(cfg, world, stage.name)
         assert stage.epochs is not None      # checked when the config was loaded
-        lengths.append((round(stage.epochs * samples / cfg.train.batch_size), cfg.train.batch_size / samples))
+        lengths.append((round(stage.epochs * units[0] / units[1]), units[1] / units[0]))
     return lengths
+
+
+def _units(cfg: RunConfig, world: int, stage: str) -> tuple[int, int]:
+    """Samples of an epoch and of a step; with data.batch_frames, micro-batches of both."""
+    if getattr(cfg.data, "batch_frames", None) is None:
+        samples = len_samples(cfg.data)
+        if samples is None:
+            raise ConfigError(f"stage '{stage}' is given in epochs, but shards do not tell their size: set data.samples")
+        return samples, cfg.train.batch_size
+    micro_batches = world * cfg.train.accumulate
+    batches = len_batches(cfg.data, cfg.train.batch_size // micro_batches)
+    if batches is None:
+        raise ConfigError(f"stage '{stage}' is given in epochs, but shards do not tell how many batches of data.batch_frames "
+                          "they make: give its length in steps, or list the clips in a manifest")
+    return batches, micro_batches
 
 
 def active_terms(stage: StageConfig, done: float) -> frozenset[str]:
