@@ -1,4 +1,5 @@
-"""What the codes of a speech tokenizer cost and how well they fill their codebooks; how fast it encodes and decodes."""
+"""What the codes of a speech tokenizer cost and how well they fill their codebooks, or what its latents cost; how fast it
+encodes and decodes."""
 
 import math
 import time
@@ -18,6 +19,7 @@ from .provenance import processor_name
 FEW_FRAMES = 10        # frames for each entry of a codebook below which usage and entropy are flagged as too low
 SPEED_SECONDS = 10.0   # of sound that encode and decode are timed on
 SPEED_REPEATS = 5      # the median counts
+NO_CODES = "it gives continuous latents and no codes: usage, bitrate and entropy are of codes"
 
 
 @dataclass
@@ -42,6 +44,40 @@ class CodeTally:
             return self if self.counts else other
         counts = [one + two for one, two in zip(self.counts, other.counts)]
         return CodeTally(counts, self.frames + other.frames, self.samples + other.samples)
+
+
+@dataclass
+class LatentTally:
+    """How many latent vectors there are."""
+
+    channels: int = 0
+    frames: int = 0
+    samples: int = 0                                       # of the clips, at the tokenizer's rate
+
+    def add(self, latents: Tensor, samples: int) -> None:
+        """latents: (C, frames) of a clip of that many samples."""
+        self.channels, self.frames, self.samples = len(latents), self.frames + latents.shape[1], self.samples + samples
+
+    def merge(self, other: "LatentTally") -> "LatentTally":
+        """Both together."""
+        return LatentTally(
+            max(self.channels, other.channels), self.frames + other.frames, self.samples + other.samples)
+
+
+def latent_rates(tally: LatentTally, tokenizer: SpeechTokenizer) -> dict[str, Any]:
+    """What the latents of a tokenizer without codes cost, as JSON data.
+
+    floats_per_second: the frame rate times the channels; measured_floats_per_second: of the frames that were made. `no_codes`
+    says why there is no bitrate. Raises InputError without latents.
+    """
+    if not tally.frames:
+        raise InputError("the tokenizer gave no latents")
+    rate, seconds = tokenizer.sample_rate / tokenizer.hop, tally.samples / tokenizer.sample_rate
+    return {
+        "kind": "continuous", "channels": tally.channels, "frame_rate": rate, "floats_per_second": rate * tally.channels,
+        "measured_floats_per_second": tally.frames * tally.channels / seconds, "frames": tally.frames, "seconds": seconds,
+        "no_codes": NO_CODES,
+    }
 
 
 def code_statistics(tally: CodeTally, tokenizer: SpeechTokenizer) -> dict[str, Any]:
@@ -85,11 +121,11 @@ def _codebook(counts: Tensor) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def measure_speed(tokenizer: SpeechTokenizer, audio: Tensor) -> dict[str, Any]:
+def measure_speed(tokenizer: SpeechTokenizer, audio: Tensor, **options: Any) -> dict[str, Any]:
     """Real-time factors of encode and decode: seconds of computation for each second of sound, below 1 is faster than real time.
 
     audio: (1, channels, samples) at the tokenizer's rate, cut to 10 s. The median of five runs after one that is not counted,
-    with all threads of this process. It depends on the machine, which is named.
+    with all threads of this process. It depends on the machine, which is named. options: of decode; there is no text.
     """
     audio = audio[..., : round(SPEED_SECONDS * tokenizer.sample_rate)]
     parameter = next(tokenizer.parameters())
@@ -97,7 +133,7 @@ def measure_speed(tokenizer: SpeechTokenizer, audio: Tensor) -> dict[str, Any]:
     seconds = audio.shape[-1] / tokenizer.sample_rate
     encoding = tokenizer.encode(audio)
     encode = _seconds(lambda: tokenizer.encode(audio), audio.device)
-    decode = _seconds(lambda: tokenizer.decode(encoding.code, encoding.lengths), audio.device)
+    decode = _seconds(lambda: tokenizer.decode(encoding.code, encoding.lengths, **options), audio.device)
     return {
         "encode_rtf": encode / seconds, "decode_rtf": decode / seconds, "audio_seconds": seconds, "repeats": SPEED_REPEATS,
         "threads": torch.get_num_threads(), "processor": processor_name(audio.device),

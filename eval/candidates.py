@@ -1,7 +1,8 @@
 """What reconstructs images: the model, the same network untrained, the mean colour of patches."""
 
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -39,10 +40,17 @@ class Candidate:
 
 
 def model_candidate(
-    tokenizer: ImageTokenizer, label: str = "model", role: str = "model", sample: bool = False, seed: int = 0
+    tokenizer: ImageTokenizer, label: str = "model", role: str = "model", sample: bool = False, seed: int = 0,
+    steps: int | None = None,
 ) -> Candidate:
-    """A tokenizer as a row. Draws of a stochastic encoder or decoder depend on the seed and the image's key alone."""
+    """A tokenizer as a row. Draws of a stochastic encoder or decoder depend on the seed and the image's key alone.
+
+    A decoder of sampling steps starts every image from the same fixed noise, unless draws are asked for (`sample`).
+    steps: how many it takes; none: its own default. Raises InputError where it takes none.
+    """
     dtype = next(tokenizer.parameters()).dtype
+    options = step_options(tokenizer, steps, label)
+    fixed_noise = takes_steps(tokenizer) and not sample
 
     def reconstruct(images: Tensor, keys: Sequence[str]) -> Reconstruction:
         generator = torch.Generator(images.device).manual_seed(stable_seed(seed, "evaluate", *keys))
@@ -51,13 +59,62 @@ def model_candidate(
         latents = encoding.codes if encoding.latents is None else encoding.latents
         if latents is None:
             raise InputError(f"{label} encodes to neither latents nor codes")
-        decoded = tokenizer.decode(latents, generator=generator).float()
+        decoded = tokenizer.decode(latents, generator=None if fixed_noise else generator, **options).float()
         if len(keys) > 1 and not torch.equal(before, generator.get_state()):
             raise InputError(f"{label} draws noise, which would depend on the images beside each: see one at a time "
                              "(forward_batch 1)")
         return Reconstruction(decoded, encoding)
 
-    return Candidate(label, role, reconstruct, describe(tokenizer, role), next(tokenizer.parameters()).device)
+    description = {**describe(tokenizer, role), **decoder_protocol(tokenizer, steps)}
+    return Candidate(label, role, reconstruct, description, next(tokenizer.parameters()).device)
+
+
+def takes_steps(tokenizer: nn.Module) -> bool:
+    """Whether it decodes by a number of sampling steps that may be chosen."""
+    return "steps" in getattr(tokenizer, "decode_options", ())
+
+
+def step_options(tokenizer: nn.Module, steps: int | None, label: str = "the model") -> dict[str, Any]:
+    """What decode is told of the steps. Raises InputError where it takes none, or for fewer than one."""
+    if steps is None:
+        return {}
+    if not takes_steps(tokenizer):
+        raise InputError(f"{label} has no sampling steps that could be chosen: it decodes in one go")
+    if steps < 1:
+        raise InputError(f"decoding takes at least one sampling step, not {steps}")
+    return {"steps": steps}
+
+
+def decoder_protocol(tokenizer: nn.Module, steps: int | None = None) -> dict[str, Any]:
+    """How a decoder of sampling steps is run, for rows and protocols; empty for every other one."""
+    if not takes_steps(tokenizer):
+        return {}
+    options = getattr(tokenizer, "decode_options", ())
+    said = {"decoder_steps": default_option(tokenizer, "steps") if steps is None else steps}
+    said |= {name: default_option(tokenizer, name) for name in ("guidance", "rescale") if name in options}
+    return {name: "the model's own" if value is None else value for name, value in said.items()}
+
+
+def default_option(tokenizer: nn.Module, name: str) -> Any:
+    """What decode does where it is not told: by its signature, else by the one place in the config; None if neither says."""
+    decode = getattr(tokenizer, "decode", None)
+    parameter = inspect.signature(decode).parameters.get(name) if callable(decode) else None
+    if parameter is not None and parameter.default not in (None, parameter.empty):
+        return parameter.default
+    found = _fields_named(getattr(tokenizer, "cfg", None), name)
+    if len(found) != 1:
+        return None
+    value = found[0]
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _fields_named(cfg: Any, name: str) -> list[Any]:
+    """Values of all fields of that name in a config and its parts."""
+    if not is_dataclass(cfg):
+        return []
+    mine = [(f.name, getattr(cfg, f.name)) for f in fields(cfg)]
+    inside = [value for key, part in mine if key != name for value in _fields_named(part, name)]
+    return [value for key, value in mine if key == name] + inside
 
 
 def describe(tokenizer: nn.Module, role: str) -> dict[str, Any]:
@@ -92,15 +149,17 @@ def patch_mean_candidate(patch: int) -> Candidate:
 
 
 def all_candidates(
-    model: ImageTokenizer | Candidate, label: str, baselines: bool, sample: bool, seed: int
+    model: ImageTokenizer | Candidate, label: str, baselines: bool, sample: bool, seed: int, steps: int | None = None
 ) -> list[Candidate]:
-    """The rows of a result, the model first. What is a candidate already stands alone, without baselines."""
+    """The rows of a result, the model first. What is a candidate already stands alone, without baselines or steps."""
     if isinstance(model, Candidate):
+        if steps is not None:
+            raise InputError(f"{model.label} is finished: it has no sampling steps")
         return [model]
     model.eval()
-    candidates = [model_candidate(model, label, sample=sample, seed=seed)]
+    candidates = [model_candidate(model, label, sample=sample, seed=seed, steps=steps)]
     if baselines:
         if hasattr(model, "cfg"):
-            candidates.append(model_candidate(untrained_copy(model, seed), UNTRAINED_LABEL, "untrained", sample, seed))
+            candidates.append(model_candidate(untrained_copy(model, seed), UNTRAINED_LABEL, "untrained", sample, seed, steps))
         candidates.append(patch_mean_candidate(model.downsample))
     return candidates

@@ -16,7 +16,7 @@ from .provenance import write_json
 from .speech import plan_metrics
 from .speech_candidates import mean_mel_candidate
 from .speech_data import evaluate_speech_data, speech_data_config
-from .summary import format_value
+from .summary_lines import format_value
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 RANDOM = "random weights"

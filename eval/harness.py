@@ -24,6 +24,7 @@ from .images import data_protocol, evaluate_images
 from .rfid import collect_features, evaluate_rfid, reference_statistics
 from .skips import Skips
 from .statistics import content_hash, read_statistics
+from .steps import split_steps, sweep_images
 
 LATENTS = "latents"
 KINDS = ("inception", "random", "teacher")
@@ -122,6 +123,7 @@ def evaluate(
     allow_missing: bool = False,
     allow_skips: int = 0,
     progress: Callable[[Batches, str], Batches] | None = None,
+    steps: Sequence[int] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """The result of `evaluate_rfid`, or of `evaluate_images` where no metric needs features, with `latents` if asked for.
@@ -130,10 +132,16 @@ def evaluate(
     reference: of fid, sfid, kid, precision and recall instead of the originals (`load_reference`).
     Under torch.distributed each process reads its own share of the data, every image once, and gets the whole result.
     allow_skips: so many images may be unreadable; they are left out and listed in `skipped`.
+    steps: of a diffusion decoder: one number for the whole evaluation, or several that are compared (`steps.sweep_images`).
     progress: wraps batches. options: of `evaluate_images`. Raises TokenizersLabError of every kind.
     """
     plan = plan_metrics(metrics, reference is not None)
     check_sampling(bool(options.get("sample")), options.get("forward_batch", 1))
+    whole, compared = split_steps(model, steps)
+    if compared and options.get("sample"):
+        raise InputError("drawn latents (sample) go with one number of steps: several are compared from the same fixed noise")
+    if whole is not None:
+        options["steps"] = whole
     extractor, why = None, ""
     if plan.features:
         try:
@@ -154,12 +162,24 @@ def evaluate(
         for row in result["rows"]:
             row["metrics"] |= {name: _absent(name, why) for name in plan.features}
         skips.check(result["skipped"])      # of all processes
-        return result
+        return {**result, **_compare_steps(model, data, batch_size, plan, compared, result, options)}
     found = None if reference is None else load_reference(reference, extractor, plan.features, data, batch_size, progress)
     result = evaluate_rfid(model, mine, extractor, plan.features, image_metrics=plan.pairs, reference=found, **options)
     skips.check(result["skipped"])
     result["warnings"] = reference_warnings(found, result["protocol"])
-    return result
+    return {**result, **_compare_steps(model, data, batch_size, plan, compared, result, options)}
+
+
+def _compare_steps(
+    model: ImageTokenizer | Candidate, data: ImageDataConfig, batch_size: int, plan: Plan, counts: list[int],
+    result: dict[str, Any], options: dict[str, Any],
+) -> dict[str, Any]:
+    """{"steps": …} where numbers of steps are compared, by the metrics of single images, PSNR if none was asked for."""
+    if not counts or isinstance(model, Candidate):
+        return {}
+    batches = validation_batches(data, batch_size, *processes(), on_bad=lambda bad: None)      # counted the first time
+    given = {name: options[name] for name in ("round_uint8", "seed", "together") if name in options}
+    return {"steps": sweep_images(model, batches, result, plan.pairs or ("psnr",), counts, **given)}
 
 
 def _absent(name: str, why: str) -> dict[str, Any]:

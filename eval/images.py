@@ -9,7 +9,7 @@ from tokenizers_lab.settings import ImageDataConfig
 from tokenizers_lab.tokenizer import ImageTokenizer
 
 from .bootstrap import mean_summary
-from .candidates import UNTRAINED_LABEL, Candidate, all_candidates
+from .candidates import UNTRAINED_LABEL, Candidate, all_candidates, decoder_protocol
 from .gather import all_processes, check_names, in_step
 from .image_metrics import METRICS, PSNR_CAP, PairMetric, build_metrics
 from .latents import LatentTally, tally_statistics
@@ -43,6 +43,7 @@ def evaluate_images(
     skipped: Sequence[str] = (),
     together: bool = True,
     latents: bool = False,
+    steps: int | None = None,
     observe: Observe | None = None,
 ) -> dict[str, Any]:
     """Reconstruct every image and measure it; the result is JSON data.
@@ -56,7 +57,8 @@ def evaluate_images(
     baselines: also measure the mean colour of each patch and the same network with random weights.
     round_uint8: compare images as they would be saved; sample: draw latents instead of their mode.
     data: the protocol of the images (`data_protocol`). observe: called with (candidate, originals, reconstructions, keys).
-    latents: also give `latent_statistics` of the model, from the same forwards.
+    latents: also give `latent_statistics` of the model, from the same forwards. steps: of a decoder that samples; none: its own
+        number (`steps.sweep_images` compares several).
     Raises DataError without images or on two of one name, InputError on another size or non-finite output, WeightsMissing.
     What one process raises, all raise.
     """
@@ -65,7 +67,7 @@ def evaluate_images(
     tally = LatentTally()
 
     def share() -> tuple[list[Candidate], list[PairMetric], dict[str, str], Measured]:
-        candidates = all_candidates(model, label, baselines, sample, seed)
+        candidates = all_candidates(model, label, baselines, sample, seed, steps)
         built, missing = build_metrics(metrics, candidates[0].device, allow_missing)
         tallied = None if not latents else lambda encoding, images: tally.add_encoding(model, encoding, images)
         return candidates, built, missing, measure(candidates, built, batches, forward_batch, round_uint8, observe, tallied)
@@ -73,7 +75,7 @@ def evaluate_images(
     if latents and isinstance(model, Candidate):
         raise InputError("latents are measured of a tokenizer: a folder of reconstructions has none")
     candidates, pair_metrics, missing, mine = in_step(share, together)
-    found = _gather(mine, together)
+    found = gather_measured(mine, together)
     dtype = candidates[0].description.get("dtype")
     result: dict[str, Any] = {
         "kind": "image reconstruction",
@@ -81,7 +83,7 @@ def evaluate_images(
         "keys": [key for key, _, _ in found.records],
         "skipped": sorted(reason for share in all_processes(list(skipped), together) for reason in share),
         "converted": {"originals": found.originals_converted, "reconstructions": found.reconstructions_converted},
-        "rows": [_row(candidate, i, pair_metrics, missing, found.records, seed) for i, candidate in enumerate(candidates)],
+        "rows": [result_row(candidate, i, pair_metrics, missing, found.records, seed) for i, candidate in enumerate(candidates)],
         "margins": _margins(candidates, pair_metrics, found.records, seed),
         "protocol": {
             **(data or {"source": "given batches", "resize": "as given", "crop": "as given"}),
@@ -89,6 +91,7 @@ def evaluate_images(
             "size": list(found.size or ()), "range": "[0, 1]", "dtype": dtype,
             "rounding": "uint8" if round_uint8 else "none, clamped to [0, 1]",
             "latents": "sampled" if sample else "mode", "forward_batch": forward_batch, "psnr_cap_db": PSNR_CAP, "seed": seed,
+            **({} if isinstance(model, Candidate) else decoder_protocol(model, steps)),
         },
         "environment": environment(candidates[0].device),
     }
@@ -99,7 +102,7 @@ def evaluate_images(
     return result
 
 
-def _gather(mine: Measured, together: bool) -> Measured:
+def gather_measured(mine: Measured, together: bool) -> Measured:
     """What all processes measured, in an order that does not depend on who measured what. Raises DataError, InputError."""
     shares = all_processes(mine, together)
     sizes = {share.size for share in shares if share.size is not None}
@@ -116,7 +119,7 @@ def _gather(mine: Measured, together: bool) -> Measured:
     return Measured(records, next(iter(sizes)), *converted)
 
 
-def _row(
+def result_row(
     candidate: Candidate, index: int, metrics: list[PairMetric], missing: dict[str, str], records: list[Record], seed: int
 ) -> dict[str, Any]:
     """A candidate's results by metric, with the value of every image in the order of `keys`."""

@@ -17,14 +17,16 @@ from .measure import checked_output
 
 
 @torch.inference_mode()
-def save_pictures(model: ImageTokenizer | Candidate, data: ImageDataConfig, path: Path, count: int = 8) -> Path:
+def save_pictures(
+    model: ImageTokenizer | Candidate, data: ImageDataConfig, path: Path, count: int = 8, steps: int | None = None
+) -> Path:
     """Write a PNG of the first images, of their reconstructions from mode latents, and of continuous latents as colours.
 
     The colours are the first three principal axes of these images' latent vectors (`latents.principal_colours`), enlarged to
-    the images' size. Raises as evaluation does.
+    the images' size. steps: of a decoder that samples; none: its own number. Raises as evaluation does.
     """
     batch = next(iter(validation_batches(data, count)))
-    candidate = all_candidates(model, "model", False, False, 0)[0]
+    candidate = all_candidates(model, "model", False, False, 0, steps)[0]
     originals: list[Tensor] = []
     outputs: list[Tensor] = []
     for key, image in zip(batch.keys[:count], batch.images):

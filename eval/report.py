@@ -17,6 +17,7 @@ from .report_page import page
 from .report_parts import facts, latents_section, metrics_section
 from .report_pictures import pictures_section
 from .report_sounds import codes_section, sounds_section
+from .report_steps import steps_section
 from .runs import METRICS, RunFolder, evaluate_run, open_run, read_results
 
 REPORT = "report.html"
@@ -52,7 +53,9 @@ def write_report(
     if len(set(kinds)) > 1:
         raise InputError(f"{folders[0]} is for {kinds[0]}, {folders[1]} for {kinds[1]}: only runs of one kind compare")
     views = [view_run(folder, tag if other is not None else "", metrics) for folder, tag in zip(folders, "AB")]
-    body = "\n".join([_header(views), *(section(views) for _, section in SECTIONS[kinds[0]].values())])
+    written = {key: section(views) for key, (_, section) in SECTIONS[kinds[0]].items()}
+    written = {key: text for key, text in written.items() if text}
+    body = "\n".join([_header(views, list(written)), *written.values()])
     default = REPORT if other is None else f"report-against-{views[1].run.path.resolve().name}.html"
     target = Path(path) if path is not None else folders[0] / default
     text = page(escape(" against ".join(v.run.path.resolve().name for v in views)), body)
@@ -91,7 +94,7 @@ def differ(one: Any, two: Any) -> bool:
     return bool(one != two)
 
 
-def _header(views: list[RunView]) -> str:
+def _header(views: list[RunView], sections: list[str]) -> str:
     systems = {v.run.config.system: get_system(v.run.config.system) for v in views}
     lines = [f"<h1>{escape(' against '.join(v.name for v in views))}</h1>"]
     lines += [f'<p class="soft">{escape(s.paper)}<br>the published model: {escape(s.summary)}</p>' for s in systems.values()]
@@ -109,7 +112,7 @@ def _header(views: list[RunView]) -> str:
         if differing:
             lines.append('<p class="flag">The two were not measured alike, so their numbers do not compare: '
                          f"they differ in {escape(', '.join(differing))}.</p>")
-    links = [f'<a href="#{key}">{title}</a>' for key, (title, _) in SECTIONS[views[0].run.kind].items()]
+    links = [f'<a href="#{key}">{SECTIONS[views[0].run.kind][key][0]}</a>' for key in sections]
     lines.append(f"<nav>{''.join(links)}</nav>")
     return "\n".join(lines)
 
@@ -141,14 +144,16 @@ def _origin_section(views: list[RunView]) -> str:
 
 
 Section = Callable[[list[RunView]], str]
-SECTIONS: dict[str, dict[str, tuple[str, Section]]] = {      # of each kind of run: anchor -> title, what writes it
+SECTIONS: dict[str, dict[str, tuple[str, Section]]] = {      # of each kind of run: anchor -> title, what writes it, if anything
     "image": {
         "quality": ("Quality", metrics_section), "pictures": ("Reconstructions", pictures_section),
+        "steps": ("Sampling steps", steps_section),
         "curves": ("Curves", curves_section), "latents": ("Latents", latents_section),
         "origin": ("Origin and config", _origin_section),
     },
     "speech": {
         "quality": ("Quality", metrics_section), "sounds": ("Reconstructions", sounds_section),
+        "steps": ("Sampling steps", steps_section),
         "codes": ("Codes", codes_section), "curves": ("Curves", curves_section), "origin": ("Origin and config", _origin_section),
     },
 }

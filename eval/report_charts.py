@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from .sounds import draw_mel
 
@@ -31,6 +31,8 @@ class Series:
     values: Sequence[float]
     dots: bool = False     # a few points, marked, such as validations
     dashed: bool = False
+    dotted: bool = False
+    bounds: Sequence[tuple[float, float]] = ()     # of each value, where there is an interval: `steps_chart`
 
 
 def thin(
@@ -56,10 +58,42 @@ def line_chart(name: str, series: Sequence[Series], boundaries: Sequence[float] 
             continue
         lowest, highest = min(lowest, low.min()), max(highest, high.max())
         colour = STAND_INS[curve.colour]
-        marker, line = "o" if curve.dots or len(x) == 1 else "", "--" if curve.dashed else "-"
+        marker, line = "o" if curve.dots or len(x) == 1 else "", "--" if curve.dashed else ":" if curve.dotted else "-"
         axes.plot(x, mean, color=colour, linewidth=1.5, linestyle=line, marker=marker, markersize=3.2)
         if len(curve.values) > len(x):
             axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+    _scale_values(axes, lowest, highest, log)
+    for step in boundaries:
+        axes.axvline(step, color=STAND_INS["ink"], linewidth=0.6, linestyle=":", alpha=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return _svg(figure, name)
+
+
+def steps_chart(name: str, series: Sequence[Series], marked: Sequence[float] = (), log: bool = False) -> str:
+    """Values over numbers of sampling steps, doubling to the right, with their intervals; dotted verticals at `marked`."""
+    figure, axes = _axes()
+    lowest, highest = math.inf, -math.inf
+    for curve in series:
+        colour = STAND_INS[curve.colour]
+        axes.plot(curve.steps, curve.values, color=colour, linewidth=1.5, marker="o", markersize=3.2)
+        if len(curve.bounds) == len(curve.values):
+            low, high = zip(*curve.bounds)
+            axes.fill_between(curve.steps, low, high, color=colour, alpha=0.18, linewidth=0)
+        lowest, highest = min(lowest, *curve.values), max(highest, *curve.values)
+    for step in marked:
+        axes.axvline(step, color=STAND_INS["ink"], linewidth=0.6, linestyle=":", alpha=0.6)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({step for curve in series for step in curve.steps}))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    _scale_values(axes, lowest, highest, log)
+    return _svg(figure, name)
+
+
+def _scale_values(axes: "matplotlib.axes.Axes", lowest: float, highest: float, log: bool) -> None:
+    """The axis of the values: logarithmic if asked for and all are positive."""
     if log and lowest > 0 and math.isfinite(highest):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if highest < 50 * lowest else (1,), numticks=8))
@@ -68,11 +102,6 @@ def line_chart(name: str, series: Sequence[Series], boundaries: Sequence[float] 
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.ticklabel_format(axis="y", useOffset=False, scilimits=(-4, 5))
-    for step in boundaries:
-        axes.axvline(step, color=STAND_INS["ink"], linewidth=0.6, linestyle=":", alpha=0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    return _svg(figure, name)
 
 
 def channel_chart(name: str, means: Sequence[float], stds: Sequence[float]) -> str:

@@ -1,5 +1,6 @@
 """Training curves of the report: the total, each loss term with its weights, learning rate, validation."""
 
+import re
 from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ NOT_OTHERS = {"step", "stage", "kind", "loss", "lr"}     # what is drawn elsewhe
 RUN_COLOURS = ("c0", "c1")
 TITLES = {"loss": "total loss", "lr": "learning rate", "grad_norm": "gradient norm",
           "samples_per_second": "samples a second", "waiting": "share of time waiting for data"}
+LAYER = re.compile(r"(.+)_(\d{2,})")      # a number of one layer: distill_weight_01
+COLOURS = 10           # of the page: the next ten lines of a chart are dashed, those after them dotted
 HELD_OUT = {"psnr": "PSNR, dB", "ssim": "SSIM", "mel": "mel distance", "sisdr": "SI-SDR, dB"}     # of validations
 
 
@@ -50,7 +53,10 @@ def curves_section(views: "list[RunView]") -> str:
     charts += [_chart(views, term, log=True, note=_weights_note(views, term)) for term in terms if term in trained]
     charts += [_chart(views, key, kind="val") for key in validated if key != "step"]
     charts += [_chart(views, "lr")]
-    charts += [_chart(views, key) for key in trained if key not in NOT_OTHERS and key not in terms]
+    others = [key for key in trained if key not in NOT_OTHERS and key not in terms]
+    layers = families(others)
+    charts += [_chart(views, key) for key in others if key not in {name for names in layers.values() for name in names}]
+    charts += [_family_chart(view, family, names) for family, names in layers.items() for view in views]
     stages = "; ".join(_stages(v) for v in views)
     return f"""<section id="curves"><h2>Curves</h2><p class="key">{_legend(views)}</p>
 <p class="soft">Stages, at the dotted verticals: {escape(stages)}.
@@ -107,6 +113,36 @@ def _weighted_chart(view: "RunView", terms: list[str]) -> str:
     negative = " <small>where positive</small>" if any(v != v for s in series for v in s.values) else ""
     name = f" of {escape(view.name)}" if view.tag else ""
     return f'<figure class="chart"><h3>weighted terms{name}{negative}</h3>{drawing}<div class="key">{key}</div></figure>'
+
+
+def families(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names that differ by a trailing number of two digits or more, by what they share, in the order of the numbers."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for name in names:
+        if match := LAYER.fullmatch(name):
+            found.setdefault(match[1], []).append((int(match[2]), name))
+    return {family: [name for _, name in sorted(members)] for family, members in found.items() if len(members) > 1}
+
+
+def _family_chart(view: "RunView", family: str, names: list[str]) -> str:
+    """The numbers of all layers in one chart, a line for each, and beside each line's number its last value."""
+    series = []
+    for i, name in enumerate(names):
+        turn = i // COLOURS % 3
+        label = name.removeprefix(f"{family}_")
+        series.append(Series(label, f"c{i % COLOURS}", *curve(view, name, "train"), dashed=turn == 1, dotted=turn == 2))
+    series = [s for s in series if s.steps]
+    if not series:
+        return ""
+    title = family.replace("_", " ")
+    of = f" of {view.name}" if view.tag else ""
+    drawing = line_chart(f"{family} by layer {view.tag}", series, _boundaries([view]))
+    style = {(True, False): ";border-top-style:dashed", (False, True): ";border-top-style:dotted"}
+    key = "".join(
+        f'<span><i style="border-color:var(--{s.colour}){style.get((s.dashed, s.dotted), "")}"></i>{escape(s.label)} '
+        f"<small>{nice(s.values[-1])}</small></span>" for s in series)
+    return (f'<figure class="chart"><h3>{escape(title + of)} <small>by layer, with the last values</small></h3>{drawing}'
+            f'<div class="key">{key}</div></figure>')
 
 
 def _weights_note(views: "list[RunView]", term: str) -> str:

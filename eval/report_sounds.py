@@ -112,10 +112,12 @@ def codes_section(views: "list[RunView]") -> str:
     parts = ['<section id="codes"><h2>Codes <small>of the held-out clips</small></h2>']
     for view in views:
         results = view.results or {}
-        if view.tag and ("codes" in results or "speed" in results):
+        if view.tag and results.keys() & {"codes", "latents", "speed"}:
             parts.append(f"<h3>{escape(view.name)}</h3>")
         if "codes" in results:
             parts.append(_codes(results["codes"]))
+        if "latents" in results:
+            parts.append(_latents(results["latents"]))
         if "speed" in results:
             speed = results["speed"]
             parts.append(facts({
@@ -141,6 +143,17 @@ def _codes(codes: dict[str, Any]) -> str:
     notes = "".join(f"<p>{escape(note)}</p>" for note in codes["warnings"])
     return f"""{rate}<div class="wide"><table class="books"><thead><tr><th>codebook</th><th>entries</th><th>used</th>
 <th>perplexity</th><th>entropy, bits</th></tr></thead><tbody>{rows}</tbody></table></div>{notes}"""
+
+
+def _latents(latents: dict[str, Any]) -> str:
+    """Rate of a tokenizer that gives no codes."""
+    rate = facts({
+        "frames a second": nice(latents["frame_rate"]),
+        "floats of a frame": latents["channels"],
+        "floats a second": f"{latents['floats_per_second']:,.0f}",
+        "measured on": f"{latents['frames']:,} frames, {latents['seconds']:,.1f} s",
+    })
+    return f'{rate}<p class="soft">{escape(latents["no_codes"])}</p>'
 
 
 def _results(view: "RunView") -> dict[str, Any]:

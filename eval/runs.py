@@ -17,10 +17,11 @@ from tokenizers_lab.errors import CheckpointError, DataError, WeightsMissing
 from tokenizers_lab.hub import load
 from tokenizers_lab.registry import get_system
 from tokenizers_lab.settings import RunConfig
-from tokenizers_lab.tokenizer import ImageTokenizer, SpeechTokenizer
+from tokenizers_lab.tokenizer import ImageTokenizer, SpeechTokenizer, Tokenizer
 from tokenizers_lab.training.checkpoint import newest_checkpoint, read_state
 from tokenizers_lab.training.run import stage_lengths
 
+from .candidates import takes_steps
 from .grid import save_grid, to_pixels
 from .images import Candidate, data_protocol, evaluate_images
 from .latents import latent_statistics
@@ -34,6 +35,7 @@ METRICS = {
     "image": ("psnr", "ssim", "lpips"),
     "speech": ("mel", "sisdr", "stoi", "pesq_wb", "usage", "bitrate"),     # those that take seconds; wer and the like by name
 }
+STEP_METRICS = {"image": ("psnr", "ssim", "lpips"), "speech": ("mel", "sisdr")}      # at each number of sampling steps
 
 
 @dataclass
@@ -121,6 +123,7 @@ def evaluate_run(
     """Evaluate the newest checkpoint's EMA weights on the run's validation images or clips.
 
     metrics: none: those of METRICS for its kind. One whose weights or package are not here becomes a row that says so.
+    A diffusion decoder is also measured at several numbers of steps: `steps`.
     Writes results.json, examples/ and, of images, grid.png into the run's folder; returns the results.
     Raises CheckpointError without a checkpoint, DataError without validation data, InputError on an unknown metric.
     """
@@ -137,6 +140,8 @@ def evaluate_run(
         results = _measure_clips(run, tokenizer, metrics, batch_size)
     else:
         raise CheckpointError(f"{run.checkpoint} holds neither an image nor a speech tokenizer")
+    if takes_steps(tokenizer):
+        results["steps"] = _measure_steps(run, tokenizer, results, batch_size)
     results["run"] = {
         "system": run.config.system, "name": run.config.name, "step": run.step, "total": run.total, "status": run.status,
         "checkpoint": run.checkpoint.relative_to(run.path).as_posix(), "stages": [list(b) for b in run.boundaries],
@@ -186,6 +191,17 @@ def _measure_clips(run: RunFolder, tokenizer: SpeechTokenizer, metrics: Sequence
     for entry in results["examples"]:
         entry["values"] = values_of(results, entry["key"], "per_clip")
     return results
+
+
+def _measure_steps(run: RunFolder, tokenizer: Tokenizer, results: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """Quality and time at several numbers of sampling steps, on as many of the same data as cost no more again."""
+    from .steps import sweep_images, sweep_speech
+
+    batches = validation_batches(run.config.data, batch_size)
+    if isinstance(tokenizer, ImageTokenizer):
+        return sweep_images(tokenizer, batches, results, STEP_METRICS["image"], together=False)
+    assert isinstance(tokenizer, SpeechTokenizer)      # there is no third kind
+    return sweep_speech(tokenizer, batches, results, STEP_METRICS["speech"], together=False)
 
 
 def values_of(results: dict[str, Any], key: str, per_item: str) -> dict[str, float]:

@@ -15,12 +15,13 @@ from tokenizers_lab.errors import DataError, InputError
 from tokenizers_lab.settings import SpeechDataConfig
 from tokenizers_lab.tokenizer import SpeechTokenizer
 
-from .bitrate import SPEED_SECONDS, CodeTally, code_statistics, measure_speed
+from .bitrate import SPEED_SECONDS, CodeTally, LatentTally, code_statistics, latent_rates, measure_speed
 from .bootstrap import mean_summary
+from .candidates import decoder_protocol, step_options
 from .deterministic import exact_convolutions, map_in_order
 from .gather import all_processes, check_names, in_step, on_first
 from .provenance import environment, samples_sha256, text_sha256
-from .speech_candidates import Clip, Rebuilt, SpeechCandidate, all_candidates, network_input, samples_at
+from .speech_candidates import Clip, Rebuilt, SpeechCandidate, all_candidates, network_input, samples_at, takes_texts
 from .speech_metrics import SPEECH_METRICS, BuiltMetric, MetricOptions, build_metrics, expand_names
 
 CHANNELS = ("mixed", "each")
@@ -66,6 +67,7 @@ def evaluate_speech(
     sample_rate: int | None = None,
     channels: str = "mixed",
     decoding: str | None = None,
+    steps: int | None = None,
     seed: int = 0,
     allow_missing: bool = False,
     options: MetricOptions | None = None,
@@ -79,14 +81,17 @@ def evaluate_speech(
     batches: SpeechBatch at `sample_rate` (Hz; none: the model's); under torch.distributed each process passes its own share and
         gets the whole result (unless not `together`). The network and every metric see one clip at a time, without padding:
         batch sizes, shares and threads do not change a value.
-    metrics: names of `speech_metrics.SPEECH_METRICS`; usage and bitrate, which both give `codes` (`code_statistics`); rtf, which
-        gives `speed` (`measure_speed`; like `environment` another one in every run). With `allow_missing`, one whose weights or
-        package are not here becomes a row that says why. options: the networks that they use.
+    metrics: names of `speech_metrics.SPEECH_METRICS`; usage and bitrate, which both give `codes` (`code_statistics`), or of a
+        tokenizer without codes `latents` (`latent_rates`); rtf, which gives `speed` (`measure_speed`; like `environment` another
+        one in every run). With `allow_missing`, one whose weights or package are not here becomes a row that says why.
+        options: the networks that they use.
     baselines: also measure the same network with random weights, the clip's mean mel held still (its `mel` alone) and, where
         a metric needs no original, the originals.
     channels: of clips with several: measure their mean (mixed) or `each` and average. decoding: one of the model's further ways
-    to decode. data: the protocol of the clips (`data_protocol`). skipped: clips that were left out, read when the pass has
-    ended. observe: called with (candidate, clip, its reconstruction) for each row that makes sound, in order.
+    to decode. steps: of a decoder that samples; none: its own number (`steps.sweep_speech` compares several). A tokenizer that
+    takes texts is given those of the data, and the protocol says so. data: the protocol of the clips (`data_protocol`).
+    skipped: clips that were left out, read when the pass has ended. observe: called with (candidate, clip, its reconstruction)
+    for each row that makes sound, in order.
     Each metric of a row has title, unit, better, network, n (clips with a value), value, uncertainty (interval over clips),
     per_clip (in the order of `keys`; None without a value), and where there are any unmeasured {key: reason} and details (of
     each clip, what the metric keeps beside its number).
@@ -105,28 +110,35 @@ def evaluate_speech(
     def share() -> tuple[list[SpeechCandidate], list[BuiltMetric], dict[str, str], Measured]:
         built, missing = build_metrics(plan.clips, allow_missing, options)
         absolute = any(metric.spec.needs != "pair" for metric in built)
-        candidates = all_candidates(model, label, baselines, seed, absolute, decoding)
+        candidates = all_candidates(model, label, baselines, seed, absolute, decoding, steps)
         records = measure(candidates, built, clips_of(batches, rate), channels, watch)
         return candidates, built, missing, Measured(records, list(skipped))
 
     candidates, built, missing, mine = in_step(share, together)
-    found = _gather(mine, together)
+    found = gather_measured(mine, together)
     records = found.records
     result: dict[str, Any] = {
         "kind": "speech reconstruction", "n": len(records), "keys": [record.key for record in records],
         "clips": [record.about for record in records], "skipped": found.skipped,
-        "rows": [_row(candidate, i, built, missing, records, seed) for i, candidate in enumerate(candidates)],
+        "rows": [result_row(candidate, i, built, missing, records, seed) for i, candidate in enumerate(candidates)],
         "margins": _margins(candidates, built, records, seed),
         "protocol": {
             **(data or {"source": "given batches"}), **_protocol(records, built, rate), "channels": channels,
             "dtype": candidates[0].description.get("dtype"), "seed": seed,
+            **({} if tokenizer is None else decoding_protocol(tokenizer, steps, [record.about for record in records])),
         },
         "environment": environment(candidates[0].device),
     }
     if tokenizer is not None and plan.codes:
-        result["codes"] = code_statistics(reduce(CodeTally.merge, all_processes(watch.tally, together)), tokenizer)
+        latents = reduce(LatentTally.merge, all_processes(watch.latents, together))
+        codes = reduce(CodeTally.merge, all_processes(watch.tally, together))
+        if latents.frames and not codes.counts:
+            result["latents"] = latent_rates(latents, tokenizer)
+        else:
+            result["codes"] = code_statistics(codes, tokenizer)
     if tokenizer is not None and plan.speed:
-        result["speed"] = on_first(lambda: measure_speed(tokenizer, torch.cat(watch.start, dim=1)[None]), together)
+        told = step_options(tokenizer, steps)
+        result["speed"] = on_first(lambda: measure_speed(tokenizer, torch.cat(watch.start, dim=1)[None], **told), together)
     return result
 
 
@@ -147,12 +159,15 @@ class _Watch:
     plan: Plan
     observe: Observe | None
     tally: CodeTally = field(default_factory=CodeTally)
+    latents: LatentTally = field(default_factory=LatentTally)
     start: list[Tensor] = field(default_factory=list)      # what the network was given first, up to SPEED_SECONDS
 
     def __call__(self, candidate: SpeechCandidate, clip: Clip, made: Rebuilt) -> None:
         if self.tokenizer is not None and candidate.role == "model":
             if self.plan.codes and made.codes is not None:
                 self.tally.add(made.codes, self.tokenizer.codebook_sizes, samples_at(clip, self.tokenizer.sample_rate))
+            elif self.plan.codes and made.latents is not None:
+                self.latents.add(made.latents, samples_at(clip, self.tokenizer.sample_rate))
             if self.plan.speed and sum(audio.shape[1] for audio in self.start) < SPEED_SECONDS * self.tokenizer.sample_rate:
                 self.start.append(network_input(clip, self.tokenizer))
         if self.observe is not None:
@@ -178,6 +193,16 @@ def _protocol(records: list[Record], metrics: list[BuiltMetric], rate: int) -> d
         "range": "[-1, 1], clamped", "forward_batch": 1,
         "intervals": "over clips, as if independent; clips of one speaker are not",
     }
+
+
+def decoding_protocol(tokenizer: SpeechTokenizer, steps: int | None, about: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How a decoder of sampling steps is run, and whether one that takes texts had them. about: what is known of each clip."""
+    said = decoder_protocol(tokenizer, steps)
+    if takes_texts(tokenizer):
+        known = sum(1 for clip in about if clip["text"])
+        all_of_them = "the data's" if known == len(about) else f"the data's, of {known} of {len(about)} clips"
+        said["texts"] = all_of_them if known else "none"
+    return said
 
 
 def clips_of(batches: Iterable[SpeechBatch], sample_rate: int) -> Iterator[Clip]:
@@ -266,7 +291,7 @@ def _mean_cell(cells: list[dict[str, Any]]) -> dict[str, Any]:
     return bad[0] if bad else {"value": math.fsum(cell["value"] for cell in cells) / len(cells), "channels": cells}
 
 
-def _gather(mine: Measured, together: bool) -> Measured:
+def gather_measured(mine: Measured, together: bool) -> Measured:
     """What all processes measured, in the order of the keys. Raises DataError."""
     shares = all_processes(mine, together)
     records = sorted((record for share in shares for record in share.records), key=lambda record: record.key)
@@ -277,7 +302,7 @@ def _gather(mine: Measured, together: bool) -> Measured:
     return Measured(records, skipped)
 
 
-def _row(
+def result_row(
     candidate: SpeechCandidate, index: int, metrics: list[BuiltMetric], missing: dict[str, str], records: list[Record], seed: int
 ) -> dict[str, Any]:
     """A candidate's results by metric, with the value of every clip in the order of `keys`."""

@@ -11,9 +11,9 @@ from tokenizers_lab.data.audio import to_channels
 from tokenizers_lab.data.resample import resample, resampled_length
 from tokenizers_lab.errors import InputError
 from tokenizers_lab.metrics import mean_mel_distance
-from tokenizers_lab.tokenizer import SpeechTokenizer
+from tokenizers_lab.tokenizer import SpeechEncoding, SpeechTokenizer
 
-from .candidates import UNTRAINED_LABEL, describe, untrained_copy
+from .candidates import UNTRAINED_LABEL, decoder_protocol, describe, step_options, untrained_copy
 
 ORIGINALS_LABEL, MEAN_MEL_LABEL = "originals", "mean mel"
 TOLERANCE = 0.1      # seconds by which a codec's output may be shorter than its input: a frame that it does not give back
@@ -42,11 +42,12 @@ class Clip:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A reconstruction, and the codes that it was decoded from, where there are any."""
+    """A reconstruction, and the codes or latents that it was decoded from, where there are any."""
 
     audio: Tensor                     # (channels, samples) in [-1, 1], as long as the clip
     sample_rate: int                  # Hz
     codes: Tensor | None = None       # (K, frames) int64
+    latents: Tensor | None = None     # (C, frames), of a tokenizer without codes
 
 
 @dataclass(frozen=True)
@@ -62,26 +63,48 @@ class SpeechCandidate:
 
 
 def model_candidate(
-    tokenizer: SpeechTokenizer, label: str = "model", role: str = "model", decoding: str | None = None
+    tokenizer: SpeechTokenizer, label: str = "model", role: str = "model", decoding: str | None = None, steps: int | None = None
 ) -> SpeechCandidate:
     """A tokenizer as a row: each clip resampled to its rate, mixed to its channels, encoded and decoded alone.
 
-    decoding: one of `tokenizer.decodings`; none: its usual way. Raises InputError on another.
+    decoding: one of `tokenizer.decodings`; none: its usual way. steps: of a decoder that samples; none: its own number.
+    A tokenizer that takes texts is given the clip's. Raises InputError on another decoding, or on steps where there are none.
     """
     if decoding is not None and decoding not in tokenizer.decodings:
         known = ", ".join(tokenizer.decodings) or "only one way"
         raise InputError(f"{label} does not decode in the way '{decoding}'; it has {known}")
     way: dict[str, Any] = {} if decoding is None else {"decoding": decoding}
     parameter, rate = next(tokenizer.parameters()), tokenizer.output_rate(**way)
+    options = {**way, **step_options(tokenizer, steps, label)}
 
     def reconstruct(clip: Clip) -> Rebuilt:
         audio = network_input(clip, tokenizer)[None]
         encoding = tokenizer.encode(audio.to(parameter.device, parameter.dtype))
-        made = checked_audio(tokenizer.decode(encoding.code, encoding.lengths, **way)[0].float(), rate, clip, label)
-        return Rebuilt(made, rate, None if encoding.codes is None else encoding.codes[0])
+        decoded = tokenizer.decode(encoding.code, encoding.lengths, **options, **text_options(tokenizer, clip))
+        return rebuilt(checked_audio(decoded[0].float(), rate, clip, label), rate, encoding)
 
-    description = {**describe(tokenizer, role), "sample_rate": tokenizer.sample_rate, "output_rate": rate, **way}
+    description = {**describe(tokenizer, role), "sample_rate": tokenizer.sample_rate, "output_rate": rate, **way,
+                   **decoder_protocol(tokenizer, steps)}
+    if takes_texts(tokenizer):
+        description["texts"] = "the data's, where known"
     return SpeechCandidate(label, role, description, reconstruct, device=parameter.device)
+
+
+def takes_texts(tokenizer: SpeechTokenizer) -> bool:
+    """Whether decode is to be told what is said."""
+    return tokenizer.takes_texts
+
+
+def text_options(tokenizer: SpeechTokenizer, clip: Clip) -> dict[str, Any]:
+    """What decode is told of one clip's text: nothing where it takes none."""
+    return {"texts": [clip.text]} if takes_texts(tokenizer) else {}
+
+
+def rebuilt(audio: Tensor, sample_rate: int, encoding: SpeechEncoding) -> Rebuilt:
+    """A reconstruction with what it was decoded from. encoding: of this clip alone."""
+    if encoding.codes is not None:
+        return Rebuilt(audio, sample_rate, encoding.codes[0])
+    return Rebuilt(audio, sample_rate, latents=None if encoding.latents is None else encoding.latents[0])
 
 
 def network_input(clip: Clip, tokenizer: SpeechTokenizer) -> Tensor:
@@ -121,17 +144,20 @@ def mean_mel_candidate() -> SpeechCandidate:
 
 
 def all_candidates(
-    model: SpeechTokenizer | SpeechCandidate, label: str, baselines: bool, seed: int, absolute: bool, decoding: str | None = None
+    model: SpeechTokenizer | SpeechCandidate, label: str, baselines: bool, seed: int, absolute: bool, decoding: str | None = None,
+    steps: int | None = None,
 ) -> list[SpeechCandidate]:
     """The rows of a result, the model first. absolute: some metric needs no original, so that originals have a value too."""
     if isinstance(model, SpeechCandidate):
+        if steps is not None:
+            raise InputError(f"{model.label} is finished: it has no sampling steps")
         candidates = [model]
     else:
         model.eval()
-        candidates = [model_candidate(model, label, decoding=decoding)]
+        candidates = [model_candidate(model, label, decoding=decoding, steps=steps)]
         if baselines:
             if getattr(model, "cfg", None) is not None:
-                candidates.append(model_candidate(untrained_copy(model, seed), UNTRAINED_LABEL, "untrained", decoding))
+                candidates.append(model_candidate(untrained_copy(model, seed), UNTRAINED_LABEL, "untrained", decoding, steps))
             candidates.append(mean_mel_candidate())
     if baselines and absolute:
         candidates.append(originals_candidate())

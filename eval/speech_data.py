@@ -1,7 +1,7 @@
 """Evaluation of a speech tokenizer on clips that a data config names, and its results clip by clip as a table."""
 
 import csv
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from tokenizers_lab.tokenizer import SpeechTokenizer
 
 from .gather import processes
 from .skips import Skips
-from .speech import data_protocol, evaluate_speech
+from .speech import data_protocol, evaluate_speech, plan_metrics
+from .speech_metrics import SPEECH_METRICS
+from .steps import split_steps, sweep_speech
 
 Batches = Iterable[SpeechBatch]
 ABOUT = ("key", "speaker", "language", "text", "seconds")     # columns of a clip
@@ -44,20 +46,29 @@ def evaluate_speech_data(
     batch_size: int = 8,
     allow_skips: int = 0,
     progress: Callable[[Batches, str], Batches] | None = None,
+    steps: Sequence[int] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """The result of `evaluate_speech` on the held-out clips of a data config.
 
     Under torch.distributed each process reads its own share of the clips, every clip once, and gets the whole result.
     allow_skips: so many clips may be unreadable; they are left out and listed in `skipped`. progress: wraps batches.
+    steps: of a diffusion decoder: one number for the whole evaluation, or several that are compared (`steps.sweep_speech`) by
+    the metrics of a clip and its reconstruction, the mel distance if there are none.
     options: of `evaluate_speech`. Raises TokenizersLabError of every kind.
     """
+    whole, compared = split_steps(model, steps)
     skips = Skips(allow_skips)
     mine: Batches = validation_batches(data, batch_size, *processes(), on_bad=skips)
     mine = mine if progress is None else progress(mine, "evaluating")
     result = evaluate_speech(model, mine, metrics, data=data_protocol(data), skipped=skips.reasons,
-                             sample_rate=data.sample_rate, **options)
+                             sample_rate=data.sample_rate, steps=whole, **options)
     skips.check(result["skipped"])      # of all processes
+    if compared:
+        again = validation_batches(data, batch_size, *processes(), on_bad=lambda bad: None)      # counted the first time
+        names = [name for name in plan_metrics(metrics).clips if SPEECH_METRICS[name].needs == "pair"]
+        given = {name: options[name] for name in ("decoding", "options", "seed", "together") if name in options}
+        result["steps"] = sweep_speech(model, again, result, names or ("mel",), compared, **given)
     return result
 
 

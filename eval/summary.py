@@ -11,6 +11,7 @@ from rich.table import Table
 from .images import UNTRAINED_LABEL
 from .report import REPORT, write_report
 from .runs import EXAMPLES, GRID, METRICS_FILE, NOUNS, RESULTS, RunFolder, evaluate_run, open_run
+from .summary_lines import codes_line, format_value, latents_line, step_cells, step_heads, steps_note
 
 
 def finish_run(
@@ -57,6 +58,10 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     for name in names:
         if "missing" in summary["rows"][0]["metrics"][name]:
             console.print(f"{titles[name]}: {summary['rows'][0]['metrics'][name]['missing']}", markup=False, soft_wrap=True)
+    if "steps" in summary:
+        print_steps(summary["steps"], console)
+    if summary.get("latents", {}).get("floats_per_second"):
+        console.print(latents_line(summary["latents"]), markup=False, soft_wrap=True, highlight=False)
     if "codes" in summary:
         console.print(codes_line(summary["codes"]), markup=False, soft_wrap=True, highlight=False)
     for network, source in summary["teachers"].items():
@@ -65,20 +70,15 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
         console.print(f"{name:>10}  {path}", markup=False, soft_wrap=True, highlight=False)
 
 
-def codes_line(codes: dict[str, Any]) -> str:
-    """Rate and use of a speech tokenizer's codes in one line."""
-    return (f"codes: {codes['frame_rate']:g} frames a second, {codes['codebooks']} codebooks, {codes['bitrate']:,.0f} bit/s "
-            f"({codes['entropy_bitrate']:,.0f} by entropy); {codes['usage']:.1%} of the entries used, mean perplexity "
-            f"{codes['perplexity']:.1f}")
-
-
-def format_value(result: dict[str, Any] | None, interval: bool = True) -> str:
-    """A metric's value without its unit and, if asked, its 95 % interval; or that it is missing, or none of this row."""
-    if result is None:
-        return "–"
-    if result["value"] is None:
-        return "not here"
-    digits = 2 if result["unit"] == "dB" else 4 if abs(result["value"]) < 100 else 1
-    bounds = result["uncertainty"] if interval else None
-    text = f"{result['value']:.{digits}f}"
-    return text if bounds is None else f"{text} [{bounds['low']:.{digits}f}, {bounds['high']:.{digits}f}]"
+def print_steps(steps: dict[str, Any], console: Console) -> None:
+    """A table of a diffusion decoder's quality and time at each number of sampling steps."""
+    noun = NOUNS[steps["kind"]]
+    own = "" if steps["own"] is None else f"; the model's own number is {steps['own']}"
+    console.print(f"sampling steps, {steps['n']} of {steps['of']} {noun}{own}", markup=False, soft_wrap=True, highlight=False)
+    table = Table()
+    for name in step_heads(steps):
+        table.add_column(name, justify="right")
+    for row in step_cells(steps, interval=False):
+        table.add_row(*row)
+    console.print(table)
+    console.print(steps_note(steps), markup=False, soft_wrap=True, highlight=False)

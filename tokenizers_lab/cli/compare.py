@@ -92,7 +92,7 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     from tokenizers_lab.eval.compare import heading, label_of
-    from tokenizers_lab.eval.summary import format_value
+    from tokenizers_lab.eval.summary_lines import format_value
 
     noun = "clips" if "speech" in result["kind"] else "images"
     table = Table(title=f"{result['n']} {noun} of {result['protocol']['source']}", title_justify="left")

@@ -11,7 +11,7 @@ from .common import add_model, check_options, data_config, device_of, process_gr
 from .eval_speech import DEFAULT_METRICS as SPEECH_METRICS
 from .eval_speech import OPTIONS as SPEECH_OPTIONS
 from .eval_speech import add_speech_arguments, measure_speech, show_speech
-from .eval_table import show_latents, show_notes, show_rows
+from .eval_table import show_latents, show_notes, show_rows, show_steps
 
 if TYPE_CHECKING:
     from tokenizers_lab.eval.candidates import Candidate
@@ -35,6 +35,7 @@ Of the latents: latents (statistics of each channel, active units, size in float
 Of a clip and its reconstruction: mel, stft, sisdr, pesq (pesq_wb and pesq_nb), stoi, estoi, visqol, sim (speaker similarity);
 of a reconstruction: wer and cer (by --asr, against the clip's text), utmos, dnsmos, distillmos, beside those of the originals.
 Of the codes of speech: usage and bitrate. rtf: real-time factors of encode and decode.
+A diffusion decoder starts every item from the same fixed noise; --steps N decodes in N sampling steps, --steps 1,4,16 compares.
 Values do not depend on --batch-size, on threads or on the number of processes. On several GPUs:
 torchrun --nproc_per_node 8 -m tokenizers_lab eval MODEL DATA …, or accelerate launch -m tokenizers_lab eval MODEL DATA …"""
 example = "toklab eval runs/rectok-tiny sample:photos --size 64 --out results.json"
@@ -57,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="go on without a metric whose weights or package are not here")
     parser.add_argument("--allow-skips", type=int, default=0, metavar="N",
                         help="leave out up to N unreadable files and list them; default: 0, the first one is an error")
+    parser.add_argument("--steps", metavar="N[,N…]",
+                        help="sampling steps of a diffusion decoder: one number for the whole evaluation, or several, at which "
+                        "some of DATA are decoded again (JSON: steps); default: the model's own")
     parser.add_argument("--out", metavar="JSON", help="write the result to this file")
     group = parser.add_argument_group("images")
     group.add_argument("--features", metavar="NET",
@@ -108,7 +112,9 @@ def run(args: argparse.Namespace) -> int:
     if args.pictures:
         from tokenizers_lab.eval.pictures import save_pictures
 
-        say(f"pictures: {save_pictures(model, data, Path(args.pictures), PICTURES)}")
+        counts = parse_steps(args.steps)
+        alone = counts[0] if len(counts) == 1 else None
+        say(f"pictures: {save_pictures(model, data, Path(args.pictures), PICTURES, alone)}")
     return 0
 
 
@@ -123,6 +129,7 @@ def measure(args: argparse.Namespace, rank: int) -> tuple[dict[str, Any], Any, A
         total = None if data is None or rank else count_batches(data, args.batch_size or 16, processes()[1])
         return batches if rank else show_progress(batches, "evaluating", total)
 
+    parse_steps(args.steps)      # before anything slow
     device = in_step(lambda: device_of(args))
     workers = min(DECODERS, os.cpu_count() or 1)
     tokenizer = None if is_reconstructions(args.model) else in_step(lambda: load_model(args.model, device))
@@ -131,7 +138,7 @@ def measure(args: argparse.Namespace, rank: int) -> tuple[dict[str, Any], Any, A
     names = [name.strip() for name in (args.metrics or (SPEECH_METRICS if speech else IMAGE_METRICS)).split(",") if name.strip()]
     if isinstance(tokenizer, SpeechTokenizer):
         args.batch_size = args.batch_size or 8
-        return measure_speech(args, tokenizer, names, workers, device, progress), tokenizer, None
+        return measure_speech(args, tokenizer, names, workers, device, progress, parse_steps(args.steps)), tokenizer, None
     return measure_images(args, tokenizer, names, workers, device, progress)
 
 
@@ -160,8 +167,19 @@ def measure_images(
         model, data, names, features=args.features or "inception", reference=args.reference, batch_size=args.batch_size or 16,
         device=device, allow_missing=args.allow_missing, allow_skips=args.allow_skips, label=args.model,
         progress=lambda batches, what: progress(batches, None if what == "reference" else data),
-        baselines=not args.no_baselines, forward_batch=forward_batch, round_uint8=not args.no_uint8, sample=args.sample)
+        baselines=not args.no_baselines, forward_batch=forward_batch, round_uint8=not args.no_uint8, sample=args.sample,
+        steps=parse_steps(args.steps))
     return result, model, data
+
+
+def parse_steps(text: str | None) -> list[int]:
+    """Numbers of sampling steps, such as 1,4,16; none: empty. Raises InputError on anything else."""
+    from tokenizers_lab.errors import InputError
+
+    words = [word.strip() for word in (text or "").split(",") if word.strip()]
+    if (text is not None and not words) or any(not word.isdecimal() or int(word) < 1 for word in words):
+        raise InputError(f"--steps takes whole numbers from 1 on, such as 4 or 1,4,16, not '{text}'")
+    return list(dict.fromkeys(int(word) for word in words))
 
 
 def load_model(name: str, device: str) -> "Tokenizer":
@@ -191,6 +209,8 @@ def show_images(result: dict[str, Any], data: str, size: int) -> None:
     notes = [*result.get("warnings", []), *show_rows(result["rows"])]
     if "latents" in result:
         show_latents(result["latents"])
+    if "steps" in result:
+        show_steps(result["steps"])
     for which, files in result["converted"].items():
         kinds = sorted(set(files.values()))
         notes += [f"{list(files.values()).count(kind)} of the {which} were converted to 8-bit RGB from: {kind}" for kind in kinds]

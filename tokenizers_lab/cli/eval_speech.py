@@ -1,12 +1,12 @@
 """`toklab eval` of a speech tokenizer."""
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import say
-from .eval_table import show_codes, show_notes, show_rows, show_speed
+from .eval_table import show_codes, show_notes, show_rows, show_speed, show_steps
 
 if TYPE_CHECKING:
     from tokenizers_lab.tokenizer import SpeechTokenizer
@@ -33,9 +33,9 @@ def add_speech_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure_speech(
     args: argparse.Namespace, tokenizer: "SpeechTokenizer", names: list[str], workers: int, device: str,
-    progress: Callable[[Iterable[Any], Any], Iterable[Any]],
+    progress: Callable[[Iterable[Any], Any], Iterable[Any]], steps: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """The result. progress: wraps batches; takes them and the data config."""
+    """The result. progress: wraps batches; takes them and the data config. steps: of a diffusion decoder."""
     from tokenizers_lab.eval.speech_data import evaluate_speech_data, speech_data_config
     from tokenizers_lab.eval.speech_metrics import MetricOptions
 
@@ -44,7 +44,8 @@ def measure_speech(
     return evaluate_speech_data(
         tokenizer, data, names, batch_size=args.batch_size or 8, allow_skips=args.allow_skips, label=args.model,
         progress=lambda batches, what: progress(batches, data), baselines=not args.no_baselines, decoding=args.decoding,
-        channels=args.channels or "mixed", allow_missing=args.allow_missing, options=MetricOptions(**chosen, device=device))
+        channels=args.channels or "mixed", allow_missing=args.allow_missing, steps=steps,
+        options=MetricOptions(**chosen, device=device))
 
 
 def show_speech(args: argparse.Namespace, result: dict[str, Any]) -> None:
@@ -55,8 +56,14 @@ def show_speech(args: argparse.Namespace, result: dict[str, Any]) -> None:
     if "codes" in result:
         show_codes(result["codes"])
         notes += [f"codes: {warning}" for warning in result["codes"]["warnings"]]
+    if "latents" in result:
+        from tokenizers_lab.eval.summary_lines import latents_line
+
+        say(latents_line(result["latents"]))
     if "speed" in result:
         show_speed(result["speed"])
+    if "steps" in result:
+        show_steps(result["steps"])
     show_notes(result, notes)
     if args.csv:
         from tokenizers_lab.eval.speech_data import write_clip_table

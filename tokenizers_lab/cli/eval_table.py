@@ -7,7 +7,7 @@ from .common import say
 
 def show_rows(rows: list[dict[str, Any]]) -> list[str]:
     """Print every row's values; returns what to be wary of."""
-    from tokenizers_lab.eval.summary import format_value
+    from tokenizers_lab.eval.summary_lines import format_value
 
     notes = []
     for row in rows:
@@ -57,3 +57,15 @@ def show_speed(speed: dict[str, Any]) -> None:
     """Print real-time factors."""
     say(f"real-time factor: encode {speed['encode_rtf']:.4f}, decode {speed['decode_rtf']:.4f} (computation for each second of "
         f"sound, {speed['audio_seconds']:.1f} s at once, {speed['threads']} threads, {speed['processor']})")
+
+
+def show_steps(steps: dict[str, Any]) -> None:
+    """Print a diffusion decoder's quality and time at each number of sampling steps."""
+    from tokenizers_lab.eval.summary_lines import step_cells, step_heads, steps_note
+
+    say(f"sampling steps, on {steps['n']} of {steps['of']}")
+    lines = [step_heads(steps), *step_cells(steps)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        say("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+    say(f"  {steps_note(steps)}")
