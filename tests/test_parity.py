@@ -19,14 +19,15 @@ from tokenizers_lab.parity import GivenDraw, Rules, compare, read_rules, read_te
 SETS = Path(__file__).parent / "parity"
 SCRIPT = Path(__file__).parent.parent / "scripts" / "verify_parity.py"
 FOLDERS = [("rectok", "rectok"), ("rectok", "rectok-options"), ("rectok", "rectok-plain"), ("lm_spt", "lm_spt"),
-           ("dm_codec", "dm_codec"), ("tadicodec", "tadicodec")]
+           ("dm_codec", "dm_codec"), ("tadicodec", "tadicodec"), ("uniflow", "uniflow")]
+AT_LEAST = {"uniflow": 20}      # tensors that are compared; no training forward of UniFlow was released
 
 
 @pytest.mark.parametrize(("system", "folder"), FOLDERS, ids=[f for _, f in FOLDERS])
 def test_every_tensor_of_the_authors_is_reproduced(system, folder):
     checks = verify(system, SETS / folder)
     assert [c for c in checks if c.failed] == []
-    assert sum(c.verdict == "ok" for c in checks) >= 30
+    assert sum(c.verdict == "ok" for c in checks) >= AT_LEAST.get(folder, 30)
 
 
 def test_only_inputs_are_shown_to_the_system():

@@ -13,11 +13,13 @@ from tokenizers_lab.training.optim import build_optimizer, discriminator_learnin
 DM_CODEC = {"encoder": 67_705_856, "decoder": 35_182_530}
 LM_SPT = {"semantic_encoder": 16_238_144, "acoustic_encoder": 16_238_144, "quantizer": 508_032, "decoder": 40_446_770,
           "aux_decoder": 1_221_130}
+UNIFLOW = {"encoder": 304_012_288, "project": 1_115_200, "conditioner": 78_790_656, "flow": 68_667_980}      # 452,586,124
 PUBLISHED = {
     "dm_codec/librispeech16k": DM_CODEC, "dm_codec/librispeech16k-lm": DM_CODEC,
     "lm_spt/librispeech24k": LM_SPT, "lm_spt/emilia24k": LM_SPT,
     "rectok/imagenet256": {"encoder": 86_033_920, "decoder": 85_936_980},
     "rectok/imagenet256-decoder-finetune": {"encoder": 86_033_920, "decoder": 85_936_980},
+    "uniflow/imagenet-internvit300m": UNIFLOW,
 }
 OF_OURS = {"lm_spt/librispeech24k-25hz", "lm_spt/librispeech24k-6hz"}      # frame rates without a published configuration
 PAPER = [name for name in list_recipes() if not name.endswith("/tiny")]
@@ -68,6 +70,23 @@ def test_rectoks_recipe_is_the_papers():
     assert stage.lr == pytest.approx(5e-5 * second.train.batch_size / 256)
     assert (second.objective.gamma, second.objective.mask_ratio, second.objective.teachers) == (0, 0, {})
     assert second.model == cfg.model and second.init_from
+
+
+def test_uniflows_recipe_is_the_papers():
+    cfg = load_config("uniflow/imagenet-internvit300m")
+    (stage,), model = cfg.stages, cfg.model
+    assert (model.image_size, model.patch, model.latent_channels, model.steps, model.encoder.drop_path) == (448, 14, 64, 1, 0.1)
+    assert cfg.init_parts == {"encoder": "OpenGVLab/InternViT-300M-448px"}
+    assert (cfg.objective.beta, cfg.objective.time.distribution, cfg.objective.time.uniform_share) == (2, "fat_lognorm", 0.1)
+    assert stage.weights["flow"] == stage.weights["distill"] and stage.weights.keys() == {"flow", "distill"}
+    assert stage.epochs == 30 and 69_000 < stage.epochs * cfg.data.samples / cfg.train.batch_size < 71_000
+    with torch.device("meta"):
+        tokenizer = build_tokenizer(cfg.system, model)
+    named = [(f"tokenizer.{name}", p) for name, p in tokenizer.named_parameters()]
+    groups = build_optimizer(named, cfg.train.optimizer, stage.lr_scale).param_groups
+    rates = {id(p): round(stage.lr * group["lr_scale"], 9) for group in groups for p in group["params"]}
+    assert {rates[id(p)] for p in tokenizer.encoder.parameters()} == {2e-5}
+    assert {rates[id(p)] for p in tokenizer.flow.parameters()} == {1e-4}
 
 
 def test_the_speech_recipes_are_the_papers():

@@ -69,10 +69,20 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class Transformer(nn.Module):
-    """Norm, blocks, norm. `checkpointing` recomputes the blocks' activations in the backward pass."""
+class BlockStack(nn.Module):
+    """Runs blocks one after the other. `checkpointing` recomputes their activations in the backward pass."""
 
     checkpointing: bool = False
+
+    def run(self, block: nn.Module, x: Tensor, *given: Tensor) -> Tensor:
+        """block(x, *given)."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, *given, use_reentrant=False)      # keeps the random state: blocks may drop paths
+        return block(x, *given)
+
+
+class Transformer(BlockStack):
+    """Norm, blocks, norm."""
 
     def __init__(self, width: int, depth: int, heads: int, qk_norm: bool = False):
         super().__init__()
@@ -85,16 +95,13 @@ class Transformer(nn.Module):
         """x: (B, N, width); rope: (N, 2·head_dim) or (B, N, 2·head_dim)."""
         x = self.norm_in(x)
         for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False)   # blocks draw nothing
-            else:
-                x = block(x, rope)
+            x = self.run(block, x, rope)
         return self.norm_out(x)
 
 
 def set_activation_checkpointing(module: nn.Module, on: bool) -> int:
-    """Switch activation checkpointing of every Transformer inside `module`; returns how many there are."""
-    transformers = [m for m in module.modules() if isinstance(m, Transformer)]
-    for transformer in transformers:
-        transformer.checkpointing = on
-    return len(transformers)
+    """Switch activation checkpointing of every stack of blocks inside `module`; returns how many there are."""
+    stacks = [m for m in module.modules() if isinstance(m, BlockStack)]
+    for stack in stacks:
+        stack.checkpointing = on
+    return len(stacks)

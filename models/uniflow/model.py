@@ -1,0 +1,165 @@
+"""The UniFlow tokenizer (arXiv 2510.10575): a vision transformer's tokens as latents, and a flow that paints each patch."""
+
+import torch
+from torch import Tensor, nn
+
+from tokenizers_lab.diffusion.flow import FlowPath
+from tokenizers_lab.diffusion.guidance import zero_guided
+from tokenizers_lab.diffusion.noise import start_noise
+from tokenizers_lab.diffusion.pixel_flow import TIME_SCALE, PixelFlow, unpatchify
+from tokenizers_lab.diffusion.samplers import euler
+from tokenizers_lab.errors import InputError
+from tokenizers_lab.nn.patch import resize_positions, to_grid, to_tokens
+from tokenizers_lab.nn.transformer import BlockStack
+from tokenizers_lab.nn.vit import MLP, ViTBlock, init_linear
+from tokenizers_lab.tokenizer import ImageEncoding, ImageTokenizer
+
+from .config import ModelConfig, check_model
+from .encoders import build_encoder, colour_statistics, is_ours, start_encoder
+
+PATH = FlowPath("data")      # t = 0 noise, t = 1 pixels; the paper writes its mirror image
+GLOBAL_EPS = 1e-5            # of the global blocks' layer norms
+
+
+class Conditioner(BlockStack):
+    """Latents to the flow network's conditions: tokens of the whole image, mixed by the global blocks."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.unproject = MLP(cfg.latent_channels, cfg.width, cfg.width)
+        side = cfg.image_size // cfg.patch
+        self.global_positions = nn.Parameter(sincos_positions(side, cfg.width))
+        self.blocks = nn.ModuleList(
+            ViTBlock(cfg.width, cfg.global_heads, 4 * cfg.width, eps=GLOBAL_EPS) for _ in range(cfg.global_blocks)
+        )
+        self.positions = nn.Parameter(sincos_positions(side, cfg.width))
+        self.apply(init_linear)
+
+    def forward(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """latents: (B, N, C), not normalised, of a grid of (rows, columns). Returns (B, N, width)."""
+        tokens = self.unproject(latents.to(self.positions.dtype))
+        tokens = tokens + resize_positions(self.global_positions, *grid)
+        for block in self.blocks:
+            tokens = self.run(block, tokens)
+        return tokens + resize_positions(self.positions, *grid)
+
+
+class UniFlow(ImageTokenizer):
+    """UniFlow: images (B, 3, H, W) in [0, 1] to latents (B, C, H/patch, W/patch), any size that is a multiple of the patch.
+
+    Encoding is deterministic. Latents are normalised by `latent_mean` and `latent_std` (per channel; 0 and 1 until they are
+    collected). Decoding samples a flow, by default in as many steps as the config says and always from the same noise.
+    """
+
+    system = "uniflow"
+    decode_options = ("steps", "guidance")
+    latent_mean: Tensor
+    latent_std: Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__(cfg)
+        check_model(cfg)
+        self.downsample = cfg.patch
+        self.encoder = build_encoder(cfg)
+        width = self.encoder.width
+        self.project = MLP(width, width, cfg.latent_channels).apply(init_linear)
+        self.conditioner = Conditioner(cfg)
+        self.flow = PixelFlow(3 * cfg.patch**2, cfg.width, cfg.flow_blocks)
+        self.register_buffer("latent_mean", torch.zeros(cfg.latent_channels))
+        self.register_buffer("latent_std", torch.ones(cfg.latent_channels))
+        for name, value in zip(("pixel_mean", "pixel_std"), colour_statistics(cfg.encoder, self.encoder)):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """[0, 1] to the space of the encoder's input, in which the flow paints too."""
+        return (images - self.pixel_mean) / self.pixel_std
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """(rows, columns) of the images' tokens."""
+        return images.shape[2] // self.cfg.patch, images.shape[3] // self.cfg.patch
+
+    def encode(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> ImageEncoding:
+        """Normalised latents (B, C, h, w); there is no posterior to sample. Raises InputError on unusable images."""
+        self.check_images(images)
+        tokens = self.project(self.encoder(self.normalise(images))[-1])                   # (B, N, C)
+        wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        return ImageEncoding(latents=to_grid((wide - self.latent_mean) / self.latent_std, *self.grid(images)))
+
+    def decode(
+        self,
+        latents: Tensor,
+        generator: torch.Generator | None = None,
+        steps: int | None = None,
+        guidance: float = 1.0,
+        chunk: int | None = None,
+    ) -> Tensor:
+        """Images in [0, 1] from normalised latents (B, C, h, w).
+
+        generator: draws the noise for the whole batch; none: each image starts from the same noise, see `start_noise`.
+        steps: of Euler; none: the config's. guidance: 1 is none; against a zero condition, which is not trained as such.
+        chunk: so many patches at a time go through the flow network, with the same result in less memory; none: all.
+        Raises InputError on another shape or numbers out of range.
+        """
+        if latents.dim() != 4 or latents.shape[1] != self.cfg.latent_channels or not latents.is_floating_point():
+            wanted = f"float (B, {self.cfg.latent_channels}, h, w)"
+            raise InputError(f"latents must be {wanted}, not {latents.dtype} {tuple(latents.shape)}")
+        grid = (latents.shape[2], latents.shape[3])
+        tokens = to_tokens(latents) * self.latent_std + self.latent_mean
+        condition = self.conditioner(tokens, grid)                                        # (B, N, width)
+        noise = start_noise((*condition.shape[:2], 3 * self.cfg.patch**2), condition.device, generator)
+        rows = self.sample(condition.flatten(0, 1), noise.flatten(0, 1), steps, guidance, chunk)      # (B·N, P)
+        pixels = unpatchify(rows.unflatten(0, condition.shape[:2]), grid, self.cfg.patch)
+        return (pixels * self.pixel_std + self.pixel_mean).clamp(0, 1)
+
+    def sample(
+        self,
+        condition: Tensor,
+        noise: Tensor,
+        steps: int | None = None,
+        guidance: float = 1.0,
+        chunk: int | None = None,
+        power: float | None = None,
+    ) -> Tensor:
+        """Normalised pixels of patches (R, P) from conditions (R, width) and noise (R, P). power: none: the config's schedule."""
+        if chunk is not None and chunk < 1:
+            raise InputError(f"chunk must be at least 1 patch, not {chunk}")
+        times = PATH.times(self.cfg.steps if steps is None else steps, power=self.cfg.schedule_power if power is None else power)
+        rows = len(noise) if chunk is None else chunk
+        noise = noise.to(torch.promote_types(condition.dtype, noise.dtype))
+        parts = zip(condition.split(rows), noise.split(rows))
+        return torch.cat([euler(zero_guided(self.velocity, c, guidance), x, times) for c, x in parts])
+
+    def velocity(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        """dx/dt of patches x (R, P) at times (R,) in [0, 1] under conditions (R, width)."""
+        return self.flow(x, TIME_SCALE * time, condition)
+
+    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Normalise latents by these: (C,) each, of the un-normalised latents. Raises InputError unless std > 0."""
+        if mean.shape != self.latent_mean.shape or std.shape != self.latent_std.shape:
+            wanted = tuple(self.latent_mean.shape)
+            raise InputError(f"latent statistics must be {wanted} each, not {tuple(mean.shape)} and {tuple(std.shape)}")
+        if not (std > 0).all():      # also false for NaN
+            raise InputError("the standard deviations of latents must be above 0")
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+
+    def start_part(self, part: str, source: str) -> str:
+        """See Tokenizer. The encoder also starts from a pretrained network: a folder or hub id of the encoder's own kind."""
+        if part != "encoder" or is_ours(source):
+            return super().start_part(part, source)
+        return start_encoder(self.cfg, self.encoder, source)
+
+
+def sincos_positions(side: int, width: int) -> Tensor:
+    """Sines and cosines of a square grid, (1, side², width), width a multiple of 4: the column's half first, then the row's.
+
+    width/4 frequencies 10000^(−j/(width/4)); each half is sines, then cosines. The device is the default one.
+    """
+    quarter = width // 4
+    frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies               # (side, quarter)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)                                 # (side, 2 · quarter)
+    cols, rows = axis[None].expand(side, -1, -1), axis[:, None].expand(-1, side, -1)
+    return torch.cat([cols, rows], dim=-1).reshape(1, side**2, width).float()
