@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,8 +156,9 @@ class OfficialWeights(NamedTuple):
 def convert_official(system: str, file: str | os.PathLike[str], config: dict[str, Any] | None = None) -> OfficialWeights:
     """The authors' file (a torch pickle, read as data, or safetensors) as our tokenizer and heads.
 
-    config: the authors' constructor arguments, for sizes that they did not release. Raises CheckpointError on any key that is
-    missing, left over or of another shape, and on a pickle that holds more than tensors.
+    config: the authors' constructor arguments, for sizes that they did not release. Files that the release has beside it (see
+    `_files_beside`) are read too; one that is not there is warned of. Raises CheckpointError on any key that is missing, left
+    over or of another shape, and on a pickle that holds more than tensors.
     """
     path, module = Path(file), _convert_module(get_system(system))
     if not path.is_file():
@@ -164,15 +166,21 @@ def convert_official(system: str, file: str | os.PathLike[str], config: dict[str
     state = read_weights(path) if path.suffix == ".safetensors" else load_torch(path)
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds no state dict")
+    release, beside = module.OFFICIAL, _files_beside(path, module.OFFICIAL)
+    for prefix, other in beside.items():
+        if other.is_file():
+            state = {**state, **{prefix + k: v for k, v in read_weights(other).items()}}
+        else:
+            warnings.warn(f"there is no {other}: {system} is converted without it", stacklevel=2)
     try:
         converted = module.from_official(state, config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     tokenizer = build_tokenizer(system, converted.model)
     load_weights(tokenizer, converted.tokenizer, str(path))
-    release = module.OFFICIAL
     tokenizer.provenance = {
         "converted_from": release["hub_id"], "revision": release["revision"], "file": path.name, "file_sha256": sha256_of(path),
+        **{f"{prefix}file_sha256": sha256_of(other) for prefix, other in beside.items() if other.is_file()},
         "licence": release["licence"], "source": release["source"],
     }
     return OfficialWeights(tokenizer.eval(), {k: v.float().contiguous() for k, v in converted.heads.items()})
@@ -204,9 +212,19 @@ def official_folder(system_name: str, variant: str | None = None, path: str | os
     with locked(cache):
         if not (folder / CONFIG_FILE).is_file():
             file = file or _fetch_official(system_name, release, name)
+            for other in _files_beside(file, release).values():
+                if not other.is_file() and given:
+                    raise WeightsMissing(f"{system_name}/official needs {other} too; put it there")
+                if not other.is_file():
+                    _fetch_official(system_name, release, other.relative_to(file.parent).as_posix())
             with tempfile.TemporaryDirectory(prefix=".converting-", dir=cache) as draft:
                 os.replace(save_official(convert_official(system_name, file), Path(draft) / "done"), folder)
     return folder
+
+
+def _files_beside(file: Path, release: dict[str, Any]) -> dict[str, Path]:
+    """Further files of a release that belong to one of its `files`, by what their keys are to begin with: OFFICIAL["beside"]."""
+    return {prefix: file.parent / name for prefix, name in release.get("beside", {}).items()}
 
 
 def _convert_module(system: System) -> Any:
