@@ -88,12 +88,16 @@ class EMACodebook(nn.Module):
 
     def __init__(
         self, size: int, width: int, decay: float = 0.99, epsilon: float = 1e-5, kmeans_iterations: int = 50,
-        dead_threshold: float = 0.0, released_start: bool = False,
+        dead_threshold: float = 0.0, released_start: bool = False, released_replacement: bool = False,
     ):
-        """dead_threshold: entries chosen by fewer vectors a step (moving average) become vectors of the batch; 0: never."""
+        """dead_threshold: entries chosen by fewer vectors a step (moving average) become vectors of the batch; 0: never.
+
+        released_replacement: a replaced entry keeps its averages, which take it back at the next update (XY-Tokenizer's code).
+        """
         super().__init__()
         self.size, self.decay, self.epsilon, self.kmeans_iterations = size, decay, epsilon, kmeans_iterations
         self.dead_threshold, self.released_start = dead_threshold, released_start
+        self.released_replacement = released_replacement
         embed = torch.empty(size, width)
         nn.init.kaiming_uniform_(embed)
         self.register_buffer("started", torch.tensor([float(kmeans_iterations == 0)]))
@@ -147,6 +151,8 @@ class EMACodebook(nn.Module):
             torch.distributed.all_reduce(fresh)
         fresh = fresh.to(self.embed.dtype)
         self.embed.copy_(torch.where(dead[:, None], fresh, self.embed))
+        if self.released_replacement:
+            return
         self.embed_sum.copy_(torch.where(dead[:, None], fresh * self.dead_threshold, self.embed_sum))
         self.cluster_size.masked_fill_(dead, self.dead_threshold)
 

@@ -21,13 +21,12 @@ class ResidualVQ(nn.Module):
 
     def __init__(
         self, codebooks: int, size: int, width: int, decay: float = 0.99, epsilon: float = 1e-5, kmeans_iterations: int = 50,
-        dead_threshold: float = 0.0, released_start: bool = False,
+        dead_threshold: float = 0.0, released_start: bool = False, released_replacement: bool = False,
     ):
         """See EMACodebook."""
         super().__init__()
-        self.codebooks = nn.ModuleList(
-            EMACodebook(size, width, decay, epsilon, kmeans_iterations, dead_threshold, released_start) for _ in range(codebooks)
-        )
+        options = (decay, epsilon, kmeans_iterations, dead_threshold, released_start, released_replacement)
+        self.codebooks = nn.ModuleList(EMACodebook(size, width, *options) for _ in range(codebooks))
         self.size = size
 
     def book(self, index: int) -> EMACodebook:
