@@ -60,8 +60,8 @@ class XYTokenizerObjective(Objective):
 
     def provenance(self) -> dict[str, str]:
         """Where the language model comes from."""
-        listener: Any = self.frozen["listener"] if "listener" in self.frozen else None
-        return super().provenance() | ({} if listener is None else {"listener": listener.provenance})
+        built = {name: str(self.frozen[name].provenance) for name in ("listener",) if name in self.frozen}
+        return super().provenance() | built
 
     # --- losses -----------------------------------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ class XYTokenizerObjective(Objective):
 def rest(tokenizer: XYTokenizer) -> None:
     """Eval mode for the parts that do not train. Codebooks have no gradients of their own and would go on moving by their
     averages: they rest where nothing in front of them trains."""
-    for name, part in tokenizer.named_children():
+    for part in tokenizer.children():
         own = list(part.parameters())
         if own and not any(p.requires_grad for p in own):
             part.eval()

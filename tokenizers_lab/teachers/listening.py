@@ -166,7 +166,8 @@ def causal_network(source: str) -> Any:
     options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "dtype": torch.float32,
                                "output_loading_info": True}
     try:
-        network, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        network, info = loaded
     except (OSError, ValueError) as error:
         raise missing_teacher(source, error) from error
     if info["missing_keys"]:

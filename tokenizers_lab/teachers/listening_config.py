@@ -37,6 +37,6 @@ def check_listener(cfg: ListenerConfig, where: str) -> None:
         if getattr(cfg, name) < 1:
             raise ConfigError(f"{where}.{name} must be at least 1, not {getattr(cfg, name)}")
     if cfg.backend == "bytes" and cfg.mode != "trained":
-        raise ConfigError(f"{where}.mode must be trained for the bytes model: it starts at random, and teaches nothing {cfg.mode}")
+        raise ConfigError(f"{where}.mode must be trained: the bytes model starts at random, and {cfg.mode} teaches nothing")
     if cfg.backend == "bytes" and (cfg.width % cfg.heads or cfg.width // cfg.heads % 2):
         raise ConfigError(f"{where}.width {cfg.width} must be a multiple of 2 · {where}.heads, {cfg.heads}")
