@@ -130,7 +130,7 @@ class ISTFTHead(nn.Module):
         """The complex spectrum (B, n_fft // 2 + 1, T); no magnitude is above 100."""
         with torch.autocast(x.device.type, enabled=False):
             made = self.out(x.to(self.out.weight.dtype).transpose(1, 2)).transpose(1, 2)       # (B, n_fft + 2, T)
-        level, phase = made.to(self.istft.window.dtype).chunk(2, dim=1)
+        level, phase = made.to(torch.promote_types(self.istft.window.dtype, torch.float32)).chunk(2, dim=1)
         # cut before the exponential, which could overflow and make the gradient NaN
         return torch.polar(level.clamp_max(math.log(LOUDEST)).exp(), phase)
 
