@@ -106,6 +106,10 @@ def check_model(cfg: ModelConfig, where: str = "model") -> None:
     for name in ("semantic", "semantic_adapter", "acoustic", "pre_adapter", "post_adapter", "decoder"):
         check_stack(getattr(cfg, name), f"{where}.{name}")
     size = window_codes(cfg)
+    for name in ("semantic", "semantic_adapter", "acoustic", "pre_adapter", "post_adapter", "decoder"):
+        positions, needed = getattr(cfg, name).positions, size * (1 if name == "post_adapter" else cfg.pool)
+        if positions is not None and positions < needed:
+            raise ConfigError(f"{where}.{name}.positions must be at least {needed}, those of a window, not {positions}")
     if size < 1 or abs(size * hop_of(cfg) - cfg.window_seconds * WHISPER_RATE) > 1e-3:
         raise ConfigError(f"{where}.window_seconds must be a multiple of {hop_of(cfg) / WHISPER_RATE:g} s (a code frame), "
                           f"not {cfg.window_seconds:g}")
