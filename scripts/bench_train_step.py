@@ -1,11 +1,14 @@
 """Our training step against a hand-written one of the same losses, clipping, fused AdamW and foreach EMA, in one process.
 
-python scripts/bench_train_step.py [key=value …]        options of the config, such as train.precision=bf16
+python scripts/bench_train_step.py [RECIPE] [--stage NAME] [--pairs N] [key=value …]
+RECIPE: by default rectok/tiny; its data are read once, for the batch of every step. NAME: by default its first stage.
+key=value: options of the config, such as train.precision=bf16.
 
 Blocks of steps alternate: our loop runs inside `train`, and its loader, whenever a block is over, runs the hand-written
 one before it gives the next batch. So a drift of the machine falls on both. Goal: a ratio of at most 1.03.
 """
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -15,55 +18,84 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tokenizers_lab.config import load_config
-from tokenizers_lab.data.batch import ImageBatch
+from tokenizers_lab.config import load_config, override_objective
 from tokenizers_lab.draw import Draw
 from tokenizers_lab.eval.provenance import environment
 from tokenizers_lab.training import loop
-from tokenizers_lab.training.run import build_networks
+from tokenizers_lab.training.objective import ADVERSARIAL
+from tokenizers_lab.training.run import active_terms, build_networks
 
-RECIPE = "rectok/tiny"
 WARM_UP = 4           # steps of both before the first block
 BLOCK = 4             # steps of a block
-PAIRS = 8             # blocks of ours, each between two of the other side
 OVERRIDES = [
-    "train.log_every=10", "train.validate_every=0", "train.checkpoint_every=1000000", "data.val=null",
-    "objective.mask_ratio_type=fixed",      # as many tokens in every step
+    "train.log_every=10", "train.validate_every=0", "train.checkpoint_every=1000000", "data.val=null", "data.workers=0",
+    "train.accumulate=1", "init_from=null",      # speed does not depend on the first weights
 ]
 
-cfg = load_config(RECIPE, [*OVERRIDES, *sys.argv[1:]])
-stage = cfg.stages[0]
-stage.starts, stage.warmup, stage.schedule = {}, 0.0, "constant"      # every loss counts from the first step on
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("recipe", nargs="?", default="rectok/tiny")
+parser.add_argument("--stage", metavar="NAME")
+parser.add_argument("--pairs", type=int, default=8, help="blocks of ours, each between two of the other side; at least 2")
+args, overrides = parser.parse_known_args()
+if "=" in args.recipe:
+    overrides, args.recipe = [args.recipe, *overrides], "rectok/tiny"
+cfg = load_config(args.recipe, [*OVERRIDES, *overrides])
+if hasattr(cfg.objective, "mask_ratio_type"):
+    cfg.objective.mask_ratio_type = "fixed"      # as many tokens in every step
+cfg.init_parts = {}
+known = {stage.name: stage for stage in cfg.stages}
+if args.stage is not None and args.stage not in known:
+    parser.error(f"{args.recipe} has no stage '{args.stage}'; it has {', '.join(known)}")
+stage = cfg.stages[0] if args.stage is None else known[args.stage]
+stage.starts, stage.fresh, stage.warmup, stage.schedule = {}, [], 0.0, "constant"      # every loss counts from the first step on
+stage.epochs, stage.steps = None, WARM_UP + BLOCK * args.pairs + 1      # the last step, after which the loop saves, is not timed
 cfg.stages = [stage]
-stage.steps = WARM_UP + BLOCK * PAIRS + 1      # the last step, after which the loop saves, is not timed
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+everyday, _ = next(iter(loop.build_loader(cfg.data, cfg.train.batch_size, cfg.train.seed)))      # the batch of every step
+everyday = everyday.to(device)
 
 # --- the hand-written step: what the same networks cost at least ----------------------------------------------------------
 nets = build_networks(cfg, device)
-nets.tokenizer.train()
-nets.objective.train()
 objective, ema = nets.objective, list(nets.ema.parameters())
-trained = [*nets.tokenizer.parameters(), *objective.heads.parameters()]
+objective.cfg = override_objective(cfg.objective, stage.objective)
+objective.begin_stage(nets.tokenizer, stage)
+nets.select(stage.parts)
+nets.tokenizer.train()
+objective.train()
+trained = [p for p in [*nets.tokenizer.parameters(), *objective.heads.parameters()] if p.requires_grad]
 judges = list(objective.discriminators.parameters())
-active, adversarial = frozenset(stage.weights), "gan" in stage.weights
-weight_decay, clip = cfg.train.optimizer.weight_decay, cfg.train.optimizer.clip
-options = {"lr": stage.lr, "betas": tuple(cfg.train.optimizer.betas), "weight_decay": weight_decay, "fused": True}
-optimizer, judge_optimizer = torch.optim.AdamW(trained, **options), torch.optim.AdamW(judges, **options)
-images = torch.rand(cfg.train.batch_size, 3, cfg.data.size, cfg.data.size, generator=torch.Generator().manual_seed(0))
-everyday = ImageBatch(images, [str(i) for i in range(len(images))])      # the batch of every step
+active = active_terms(stage, 0)
+adversarial = bool(active & ADVERSARIAL) and bool(judges)
+
+
+def adamw(parameters, settings):
+    """The optimiser without groups, and the norm at which gradients are clipped."""
+    options = {"lr": stage.lr, "betas": tuple(settings.betas), "weight_decay": settings.weight_decay, "fused": True}
+    return torch.optim.AdamW(parameters, **options), settings.clip or float("inf")
+
+
+optimizer, clip = adamw(trained, cfg.train.optimizer)
+if adversarial:
+    judge_optimizer, judge_clip = adamw(judges, cfg.train.discriminator_optimizer)
+
+
+def judge(real, fake):
+    """The discriminators' half: forward, backward, clip, update."""
+    judge_optimizer.zero_grad(set_to_none=True)
+    sum(objective.discriminator_losses(real, fake.detach()).terms.values()).backward()
+    torch.nn.utils.clip_grad_norm_(judges, judge_clip)
+    judge_optimizer.step()
 
 
 def hand_written_step(number, batch):
     """Forward, backward, clip, update, average."""
-    batch = batch.to(device)
+    first = adversarial and objective.discriminators_first
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.precision == "bf16"):
-        losses = objective.generator_losses(nets.tokenizer, batch, Draw(cfg.train.seed, 0, number, device), active)
+        draw = Draw(cfg.train.seed, 0, number, device)
+        losses = objective.generator_losses(nets.tokenizer, batch, draw, active, judge if first else None)
     sum(stage.weights[name] * term for name, term in losses.terms.items()).backward()
-    if adversarial:
-        sum(objective.discriminator_losses(losses.real, losses.fake.detach()).terms.values()).backward()
-        torch.nn.utils.clip_grad_norm_(judges, clip)
-        judge_optimizer.step()
-        judge_optimizer.zero_grad(set_to_none=True)
+    if adversarial and not first:
+        judge(losses.real, losses.fake)
     torch.nn.utils.clip_grad_norm_(trained, clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -124,7 +156,8 @@ for place, name in enumerate(("wall", "processor, all threads")):
     table.add_row(name, f"{1e3 * statistics.median(ours) / BLOCK:.1f}", f"{1e3 * statistics.median(theirs) / BLOCK:.1f}",
                   f"{statistics.median(ratios):.3f}", f"{low:.3f} to {high:.3f}")
 Console(width=None if sys.stdout.isatty() else 120).print(table)
-print(f"{RECIPE}, batch {cfg.train.batch_size}, {cfg.data.size} px; losses: {', '.join(sorted(active))}")
-print(f"{PAIRS} blocks of {BLOCK} steps of each side, after {WARM_UP} steps")
+shape = " × ".join(map(str, (everyday.images if hasattr(everyday, "images") else everyday.audio).shape))
+print(f"{args.recipe}, stage {stage.name}, {shape}; losses: {', '.join(sorted(active))}")
+print(f"{args.pairs} blocks of {BLOCK} steps of each side, after {WARM_UP} steps")
 machine = environment(device)
 print(f"{machine['processor']}, {machine['threads']} threads, torch {torch.__version__}; goal: a ratio of at most 1.03")
