@@ -14,14 +14,18 @@ DM_CODEC = {"encoder": 67_705_856, "decoder": 35_182_530}
 LM_SPT = {"semantic_encoder": 16_238_144, "acoustic_encoder": 16_238_144, "quantizer": 508_032, "decoder": 40_446_770,
           "aux_decoder": 1_221_130}
 UNIFLOW = {"encoder": 304_012_288, "project": 1_115_200, "conditioner": 78_790_656, "flow": 68_667_980}      # 452,586,124
+TADICODEC = {"encoder": 134_349_824, "decoder": 328_516_736, "text_embedding": 32_870_400, "to_code": 14_350, "from_code": 15_360,
+             "vocoder": 255_042_434}      # the codec's parts make the 495,766,670 of the authors' classes
 PUBLISHED = {
     "dm_codec/librispeech16k": DM_CODEC, "dm_codec/librispeech16k-lm": DM_CODEC,
     "lm_spt/librispeech24k": LM_SPT, "lm_spt/emilia24k": LM_SPT,
     "rectok/imagenet256": {"encoder": 86_033_920, "decoder": 85_936_980},
     "rectok/imagenet256-decoder-finetune": {"encoder": 86_033_920, "decoder": 85_936_980},
+    "tadicodec/emilia24k": TADICODEC, "tadicodec/vocos-24k": {"vocoder": 255_042_434},
     "uniflow/imagenet-internvit300m": UNIFLOW,
 }
-OF_OURS = {"lm_spt/librispeech24k-25hz", "lm_spt/librispeech24k-6hz"}      # frame rates without a published configuration
+OF_OURS = {"lm_spt/librispeech24k-25hz", "lm_spt/librispeech24k-6hz",       # frame rates without a published configuration
+           "tadicodec/vocoder-24k-tiny"}                                   # a part of the tiny recipe
 PAPER = [name for name in list_recipes() if not name.endswith("/tiny")]
 
 
@@ -106,6 +110,14 @@ def test_the_speech_recipes_are_the_papers():
     rates = [discriminator_learning_rate(stage, done, stage.epochs) for done in (0.0, 10.0, 20.0)]
     assert rates == [1e-3] * 3
     assert learning_rate(stage, stage.lr, stage.epochs, stage.epochs) == pytest.approx(5e-5)
+    cfg = load_config("tadicodec/emilia24k")
+    stage, optimizer = cfg.stages[0], cfg.train.optimizer
+    assert (stage.steps, stage.lr, stage.warmup, stage.schedule) == (800_000, 7.5e-5, 32_000, "inverse_sqrt")
+    assert stage.weights == {"flow": 1, "entropy": 1} and "vocoder" not in stage.parts
+    assert learning_rate(stage, stage.lr, 128_000, stage.steps) == pytest.approx(stage.lr / 2)
+    assert (tuple(optimizer.betas), optimizer.weight_decay, optimizer.clip) == ((0.9, 0.999), 0.01, 0.5)
+    assert optimizer.decay_vectors and (cfg.data.batch_frames, cfg.data.max_seconds, cfg.train.batch_size) == (10_000, 40, 320)
+    assert (cfg.objective.prompt_drop, cfg.objective.condition_drop, cfg.objective.text_drop) == (0.2, 0.2, 0)
     for name, hop in (("librispeech24k", 1920), ("librispeech24k-25hz", 960), ("librispeech24k-6hz", 3840)):
         model = load_config(f"lm_spt/{name}").model
         with torch.device("meta"):

@@ -14,7 +14,7 @@ CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     ImageDataConfig: {"crop": ("center", "random")},
     SpeechDataConfig: {"crop": ("random", "fixed", "start")},
     TrainConfig: {"precision": ("no", "bf16")},
-    StageConfig: {"schedule": ("cosine", "constant"), "discriminator_schedule": ("cosine", "constant")},
+    StageConfig: {"schedule": ("cosine", "constant", "inverse_sqrt"), "discriminator_schedule": ("cosine", "constant")},
 }
 ABOVE_ZERO: dict[type, tuple[str, ...]] = {
     ImageDataConfig: ("size", "max_pixels"),
@@ -134,5 +134,7 @@ def check_stage(stage: StageConfig, path: str, origins: Origins) -> None:
             refuse(f"starts.{term}", f"the stage has no weight for '{term}'{hint(term, stage.weights)}")
         if not start >= 0:
             refuse(f"starts.{term}", f"must not be negative, but is {start}")
+    if stage.schedule == "inverse_sqrt" and not stage.warmup:
+        refuse("warmup", "must be above 0 for schedule=inverse_sqrt, which falls as √(warmup / done)")
     if stage.min_lr > stage.lr:
         refuse("min_lr", f"{stage.min_lr:g} is above lr {stage.lr:g}")

@@ -102,7 +102,7 @@ class StageConfig:
     lr_scale: dict[str, float] = field(default_factory=dict)   # part of a parameter's name: factor of its learning rate
     discriminator_lr: float | None = None   # peak learning rate of the discriminators; none: the same
     warmup: float = 0.0                # linear warm-up
-    schedule: str = "cosine"           # after warm-up: cosine (to min_lr) or constant
+    schedule: str = "cosine"           # after warm-up: cosine (to min_lr), constant or inverse_sqrt (lr · √(warmup / done))
     discriminator_schedule: str | None = None   # the discriminators' own: cosine or constant, without warm-up; none: the same
     min_lr: float = 0.0                # end of the cosine
     weights: dict[str, float] = field(default_factory=dict)   # loss term: weight; a term that is not named is not computed

@@ -51,7 +51,7 @@ def learning_rate(stage: StageConfig, peak: float, done: float, length: float) -
     if stage.schedule == "constant":
         return peak
     if stage.schedule == "inverse_sqrt":
-        return peak * math.sqrt(stage.warmup / done) if done else peak
+        return peak * math.sqrt(stage.warmup / done)
     share = (done - stage.warmup) / max(length - stage.warmup, 1e-12)
     return stage.min_lr + (peak - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
