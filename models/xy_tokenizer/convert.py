@@ -57,8 +57,9 @@ FIXED: dict[str, dict[str, Any]] = {
 STACK = {"sampling_rate": WHISPER_RATE, "hop_length": WHISPER_HOP, "stride_size": STRIDE, "kernel_size": 3}
 FIXED |= {f"{name}_kwargs": STACK for name in ("semantic_encoder", "acoustic_encoder", "acoustic_decoder")}
 QUANTIZER = {      # official option: ours
-    "num_quantizers": "codebooks", "codebook_size": "codebook_size", "rvq_dim": "width", "commitment": "commitment", "quantizer_dropout": "dropout", "decay": "decay", "epsilon": "epsilon",
-    "threshold_ema_dead": "dead_threshold", "kmeans_iters": "kmeans_iterations",
+    "num_quantizers": "codebooks", "codebook_size": "codebook_size", "rvq_dim": "width", "commitment": "commitment",
+    "quantizer_dropout": "dropout", "decay": "decay", "epsilon": "epsilon", "threshold_ema_dead": "dead_threshold",
+    "kmeans_iters": "kmeans_iterations",
 }
 VOCODER = {"dim": "width", "intermediate_dim": "hidden", "num_layers": "layers", "n_fft": "n_fft"}
 

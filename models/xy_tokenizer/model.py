@@ -22,7 +22,7 @@ from tokenizers_lab.teachers.speech import from_transformers
 from tokenizers_lab.teachers.whisper import WHISPER_ASSETS, whisper_from_asset
 from tokenizers_lab.tokenizer import CONTEXT_SECONDS, SpeechEncoding, SpeechTokenizer, load_weights
 
-from .config import AdapterConfig, ModelConfig, StackConfig, check_model, hop_of, vocoder_hop, window_codes
+from .config import AdapterConfig, ModelConfig, QuantizerConfig, StackConfig, check_model, hop_of, vocoder_hop, window_codes
 
 Frames = TypeVar("Frames", int, Tensor)
 SIDES = ("both", "ahead")      # where windows of long audio have context
@@ -93,12 +93,9 @@ class XYTokenizer(SpeechTokenizer):
         self.pre_rvq_adapter = adapter(joined, cfg.pre_adapter, tokens)
         width = cfg.pre_adapter.out or cfg.pre_adapter.width
         self.downsample = Downsample(width, cfg.pool)
-        book, entering = cfg.quantizer, cfg.pool * width
-        leaving = book.out or entering
-        self.quantizer = MaskedResidualVQ(
-            entering, leaving, book.codebooks, book.codebook_size, book.width, book.decay, book.epsilon, book.kmeans_iterations,
-            book.dead_threshold, book.released_start, book.released_replacement, book.commitment, book.dropout)
-        self.post_rvq_adapter = adapter(leaving, cfg.post_adapter, codes, cfg.code_channels)
+        self.quantizer_channels = cfg.pool * width
+        self.quantizer = build_quantizer(cfg.quantizer, self.quantizer_channels)
+        self.post_rvq_adapter = adapter(cfg.quantizer.out or self.quantizer_channels, cfg.post_adapter, codes, cfg.code_channels)
         self.upsample = Upsample(cfg.decoder.width, cfg.pool)
         self.acoustic_decoder = WhisperDecoder(cfg.decoder_bands, *sizes(cfg.decoder, tokens))
         voice, hop = cfg.vocoder, vocoder_hop(cfg)
@@ -306,6 +303,13 @@ def sizes(cfg: StackConfig, positions: int) -> tuple[int, int, int, int, int, st
 def adapter(width_in: int, cfg: AdapterConfig, positions: int, width_out: int | None = None) -> WhisperAdapter:
     """An adapter of that config."""
     return WhisperAdapter(width_in, width_out or cfg.out or cfg.width, *sizes(cfg, positions))
+
+
+def build_quantizer(cfg: QuantizerConfig, channels: int) -> MaskedResidualVQ:
+    """The quantizer of that config; channels: those that enter it."""
+    return MaskedResidualVQ(
+        channels, cfg.out or channels, cfg.codebooks, cfg.codebook_size, cfg.width, cfg.decay, cfg.epsilon, cfg.kmeans_iterations,
+        cfg.dead_threshold, cfg.released_start, cfg.released_replacement, cfg.commitment, cfg.dropout)
 
 
 def is_ours(source: str) -> bool:

@@ -92,7 +92,8 @@ class EMACodebook(nn.Module):
     ):
         """dead_threshold: entries chosen by fewer vectors a step (moving average) become vectors of the batch; 0: never.
 
-        released_replacement: a replaced entry keeps its averages, which take it back at the next update (XY-Tokenizer's code).
+        released_replacement: the first drawn vectors go to the dead entries in turn, which keep their averages, so that the next
+        update takes them back (XY-Tokenizer's code).
         """
         super().__init__()
         self.size, self.decay, self.epsilon, self.kmeans_iterations = size, decay, epsilon, kmeans_iterations
@@ -150,6 +151,8 @@ class EMACodebook(nn.Module):
             fresh = fresh * (torch.arange(self.size, device=fresh.device) % world == rank)[:, None]
             torch.distributed.all_reduce(fresh)
         fresh = fresh.to(self.embed.dtype)
+        if self.released_replacement:
+            fresh = fresh[dead.cumsum(0).sub(1).clamp_min(0)]
         self.embed.copy_(torch.where(dead[:, None], fresh, self.embed))
         if self.released_replacement:
             return
