@@ -14,6 +14,8 @@ from tokenizers_lab.models.dm_codec.model import DMCodec
 from tokenizers_lab.models.lm_spt.config import AuxiliaryConfig
 from tokenizers_lab.models.lm_spt.config import ModelConfig as LMSPTConfig
 from tokenizers_lab.models.lm_spt.model import LMSPT
+from tokenizers_lab.models.xy_tokenizer import config as xy
+from tokenizers_lab.models.xy_tokenizer.model import XYTokenizer
 
 CLIPS = Path(tokenizers_lab.__file__).parent / "data" / "samples" / "speech" / "val"
 DM = DMCodecConfig(filters=4, width=16, codebooks=3, codebook_size=64, kmeans_iterations=5)
@@ -24,6 +26,12 @@ LM_25 = replace(
     LM, strides=[4, 5, 6, 8], decoder_strides=[8, 6, 5, 4], auxiliary=AuxiliaryConfig(width=32, strides=[8, 5, 4, 4]))
 LM_6 = replace(
     LM, strides=[4, 5, 6, 8, 4], decoder_strides=[4, 8, 6, 5, 4], auxiliary=AuxiliaryConfig(width=32, strides=[8, 8, 5, 8]))
+STACK, ADAPTER = {"width": 24, "layers": 2, "heads": 3, "hidden": 32}, {"width": 16, "layers": 1, "heads": 2, "hidden": 24}
+XY = xy.ModelConfig(
+    window_seconds=2.0, overlap_seconds=0.8, semantic=xy.StackConfig(**STACK), semantic_adapter=xy.AdapterConfig(**ADAPTER),
+    acoustic=xy.StackConfig(**STACK), pre_adapter=xy.AdapterConfig(**ADAPTER), post_adapter=xy.AdapterConfig(**ADAPTER),
+    decoder=xy.StackConfig(**STACK), decoder_bands=12, quantizer=xy.QuantizerConfig(3, 64, 8),
+    vocoder=xy.VocoderConfig(width=24, hidden=32, layers=3))
 CAUSAL = replace(LM_25, causal=True, auxiliary=replace(LM_25.auxiliary, causal=True))
 NETWORKS = {      # by system: (config, whether it is local)
     "lm_spt": {
@@ -44,6 +52,10 @@ NETWORKS = {      # by system: (config, whether it is local)
         "LSTM": (DM, False),
         "LSTM, 8 kHz": (replace(DM, sample_rate=8000, filters=2, strides=[8, 5], lstm_layers=1), False),
         "LSTM of one direction": (replace(DM, bidirectional=False), False),
+    },
+    "xy_tokenizer": {
+        "12.5 Hz": (XY, False),
+        "25 Hz, to 24 kHz": (replace(XY, pool=2, output_rate=24_000, quantizer=replace(XY.quantizer, width=32, out=20)), False),
     },
 }
 LOCAL = [(system, name) for system, named in NETWORKS.items() for name, (_, local) in named.items() if local]
@@ -66,6 +78,11 @@ def network(system: str, name: str):
         tokenizer = DMCodec(cfg).train()
         with torch.no_grad():
             tokenizer.quantizer(tokenizer.encoder(speech(8.0, cfg.sample_rate)), Draw(0))      # starts the codebooks
+        return tokenizer.eval()
+    if system == "xy_tokenizer":
+        tokenizer = XYTokenizer(cfg).train()
+        with torch.no_grad():
+            tokenizer(speech(8.0, cfg.sample_rate).view(4, 1, -1), draw=Draw(0))      # starts the codebooks
         return tokenizer.eval()
     tokenizer = LMSPT(cfg).eval()
     with torch.no_grad():

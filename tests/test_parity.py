@@ -19,7 +19,8 @@ from tokenizers_lab.parity import GivenDraw, Rules, compare, read_rules, read_te
 SETS = Path(__file__).parent / "parity"
 SCRIPT = Path(__file__).parent.parent / "scripts" / "verify_parity.py"
 FOLDERS = [("rectok", "rectok"), ("rectok", "rectok-options"), ("rectok", "rectok-plain"), ("lm_spt", "lm_spt"),
-           ("dm_codec", "dm_codec"), ("tadicodec", "tadicodec"), ("uniflow", "uniflow")]
+           ("dm_codec", "dm_codec"), ("tadicodec", "tadicodec"), ("uniflow", "uniflow"),
+           ("xy_tokenizer", "xy_tokenizer")]
 AT_LEAST = {"uniflow": 20}      # tensors that are compared; no training forward of UniFlow was released
 
 
