@@ -14,8 +14,13 @@ from tokenizers_lab.models.dm_codec.model import DMCodec
 from tokenizers_lab.models.lm_spt.config import AuxiliaryConfig
 from tokenizers_lab.models.lm_spt.config import ModelConfig as LMSPTConfig
 from tokenizers_lab.models.lm_spt.model import LMSPT
+from tokenizers_lab.models.tadicodec.config import ModelConfig as TaDiCodecConfig
+from tokenizers_lab.models.tadicodec.config import VocoderConfig
+from tokenizers_lab.models.tadicodec.model import TaDiCodec
 from tokenizers_lab.models.xy_tokenizer import config as xy
 from tokenizers_lab.models.xy_tokenizer.model import XYTokenizer
+from tokenizers_lab.nn.mel import MelConfig
+from tokenizers_lab.text import TextConfig
 
 CLIPS = Path(tokenizers_lab.__file__).parent / "data" / "samples" / "speech" / "val"
 DM = DMCodecConfig(filters=4, width=16, codebooks=3, codebook_size=64, kmeans_iterations=5)
@@ -32,6 +37,9 @@ XY = xy.ModelConfig(
     acoustic=xy.StackConfig(**STACK), pre_adapter=xy.AdapterConfig(**ADAPTER), post_adapter=xy.AdapterConfig(**ADAPTER),
     decoder=xy.StackConfig(**STACK), decoder_bands=12, quantizer=xy.QuantizerConfig(3, 64, 8),
     vocoder=xy.VocoderConfig(width=24, hidden=32, layers=3))
+TA = TaDiCodecConfig(
+    width=16, encoder_layers=1, decoder_layers=2, heads=2, bits=8, norm_init="identity", text=TextConfig(), steps=2,
+    vocoder=VocoderConfig("vocos", 16, 24, 2))
 CAUSAL = replace(LM_25, causal=True, auxiliary=replace(LM_25.auxiliary, causal=True))
 NETWORKS = {      # by system: (config, whether it is local)
     "lm_spt": {
@@ -52,6 +60,12 @@ NETWORKS = {      # by system: (config, whether it is local)
         "LSTM": (DM, False),
         "LSTM, 8 kHz": (replace(DM, sample_rate=8000, filters=2, strides=[8, 5], lstm_layers=1), False),
         "LSTM of one direction": (replace(DM, bidirectional=False), False),
+    },
+    "tadicodec": {
+        "6.25 Hz": (TA, False),
+        "8 kHz, no text": (replace(
+            TA, sample_rate=8000, mel=MelConfig(bands=40, n_fft=640, hop=160, high=None), downsample=4, text_condition=False),
+            False),
     },
     "xy_tokenizer": {
         "12.5 Hz": (XY, False),
@@ -84,6 +98,13 @@ def network(system: str, name: str):
         with torch.no_grad():
             tokenizer(speech(8.0, cfg.sample_rate).view(4, 1, -1), draw=Draw(0))      # starts the codebooks
         return tokenizer.eval()
+    if system == "tadicodec":
+        tokenizer = TaDiCodec(cfg).eval()
+        with torch.no_grad():
+            for part in (tokenizer.encoder, tokenizer.to_code, tokenizer.from_code, tokenizer.decoder.condition_mlp):
+                for parameter in part.parameters():
+                    parameter.normal_(0, 0.2)
+        return tokenizer
     tokenizer = LMSPT(cfg).eval()
     with torch.no_grad():
         for key, parameter in tokenizer.named_parameters():
