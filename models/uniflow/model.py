@@ -67,6 +67,7 @@ class UniFlow(ImageTokenizer):
         self.project = MLP(width, width, cfg.latent_channels).apply(init_linear)
         self.conditioner = Conditioner(cfg)
         self.flow = PixelFlow(3 * cfg.patch**2, cfg.width, cfg.flow_blocks)
+        self.times = sampling_times(cfg.steps, cfg.schedule_power)      # as numbers, which an export can follow
         self.register_buffer("latent_mean", torch.zeros(cfg.latent_channels))
         self.register_buffer("latent_std", torch.ones(cfg.latent_channels))
         for name, value in zip(("pixel_mean", "pixel_std"), colour_statistics(cfg.encoder, self.encoder)):
@@ -125,11 +126,13 @@ class UniFlow(ImageTokenizer):
         """Normalised pixels of patches (R, P) from conditions (R, width) and noise (R, P). power: none: the config's schedule."""
         if chunk is not None and chunk < 1:
             raise InputError(f"chunk must be at least 1 patch, not {chunk}")
-        times = PATH.times(self.cfg.steps if steps is None else steps, power=self.cfg.schedule_power if power is None else power)
-        rows = len(noise) if chunk is None else chunk
+        times = self.times
+        if steps is not None or power is not None:
+            times = sampling_times(self.cfg.steps if steps is None else steps, power or self.cfg.schedule_power)
         noise = noise.to(torch.promote_types(condition.dtype, noise.dtype))
-        parts = zip(condition.split(rows), noise.split(rows))
-        return torch.cat([euler(zero_guided(self.velocity, c, guidance), x, times) for c, x in parts])
+        parts = [(condition, noise)] if chunk is None else list(zip(condition.split(chunk), noise.split(chunk)))
+        made = [euler(zero_guided(self.velocity, c, guidance), x, times) for c, x in parts]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     def velocity(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """dx/dt of patches x (R, P) at times (R,) in [0, 1] under conditions (R, width)."""
@@ -150,6 +153,12 @@ class UniFlow(ImageTokenizer):
         if part != "encoder" or is_ours(source):
             return super().start_part(part, source)
         return start_encoder(self.cfg, self.encoder, source)
+
+
+def sampling_times(steps: int, power: float) -> list[float]:
+    """The steps + 1 times from noise (0) to pixels (1). Raises InputError on values out of range."""
+    with torch.device("cpu"):      # also while a model is built on the meta device
+        return PATH.times(steps, power=power).tolist()
 
 
 def sincos_positions(side: int, width: int) -> Tensor:

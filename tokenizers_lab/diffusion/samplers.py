@@ -109,4 +109,5 @@ def steps_of(times: Times) -> Iterator[tuple[float, float]]:
 
 def at_time(time: float, x: Tensor) -> Tensor:
     """(B,) of that time, for a network that gets x (B, ...): float32, or float64 where x is."""
-    return torch.full((len(x),), time, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.full((x.shape[0],), time, dtype=dtype, device=x.device)      # len() would fix it in an export

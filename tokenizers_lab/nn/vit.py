@@ -133,7 +133,7 @@ class InternViT(BlockStack):
         rows, cols = pixels.shape[2] // self.patch, pixels.shape[3] // self.patch
         tokens = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))                     # (B, N, width)
         own, patches = self.position_embedding[:, :1], resize_positions(self.position_embedding[:, 1:], rows, cols)
-        return torch.cat([(self.class_embedding + own).expand(len(tokens), -1, -1), tokens + patches], dim=1)
+        return torch.cat([(self.class_embedding + own).expand(tokens.shape[0], -1, -1), tokens + patches], dim=1)
 
     def hidden_states(self, pixels: Tensor) -> list[Tensor]:
         """The embeddings and every layer's output: depth + 1 times (B, 1 + N, width)."""
