@@ -19,14 +19,14 @@ def steps_section(views: "list[RunView]") -> str:
              if view.results and "steps" in view.results]
     if not known:
         return ""
-    titles: dict[str, str] = {}
+    titles, units = {}, {}      # of each metric
     for _, steps, _ in known:
         for name, metric in steps["rows"][0]["metrics"].items():
             arrow = {"higher": " ↑", "lower": " ↓"}.get(metric.get("better", ""), "")
-            unit = f", {metric['unit']}" if metric.get("unit") else ""
-            titles.setdefault(name, f"{metric['title']}{unit}{arrow}")
+            titles.setdefault(name, f"{metric['title']}{arrow}")
+            units.setdefault(name, f", {metric['unit']}" if metric.get("unit") else "")
     per = known[0][1]["per"]
-    charts = [_chart(known, name, title) for name, title in titles.items()]
+    charts = [_chart(known, name, f"{title}{units[name]}") for name, title in titles.items()]
     charts.append(_chart(known, None, f"seconds to decode one {per}"))
     first = known[0][1]
     key = "" if len(views) == 1 else f'<p class="key">{"".join(map(_key, known))}</p>'

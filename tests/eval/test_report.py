@@ -15,7 +15,7 @@ from tokenizers_lab.errors import CheckpointError
 from tokenizers_lab.eval import image_metrics
 from tokenizers_lab.eval.report import view_run, write_report
 from tokenizers_lab.eval.report_charts import Series, line_chart, thin
-from tokenizers_lab.eval.report_curves import weighted_curve
+from tokenizers_lab.eval.report_curves import families, weighted_curve
 from tokenizers_lab.eval.report_pictures import DIFFERENCE_GAIN
 from tokenizers_lab.eval.runs import open_run, read_results
 from tokenizers_lab.eval.summary import finish_run, print_summary
@@ -221,3 +221,23 @@ def test_a_run_that_cannot_be_evaluated_still_has_a_page(tmp_path):
         finish_run(run)
     with pytest.raises(CheckpointError, match="is not a run"):
         write_report(tmp_path)
+
+
+def test_numbers_of_layers_share_a_chart(tmp_path):
+    assert families(["a_01", "loss", "b_1", "a_10", "a_02", "c_01"]) == {"a": ["a_01", "a_02", "a_10"]}
+    run = write_run(tmp_path)
+    layers = {f"distill_weight_{i:02d}": 1 / i for i in range(1, 25)}
+    records = [{"step": step, "stage": "train", "kind": "train", "loss": 1.0, **layers, "misalignment_01": 0.2 * step,
+                "misalignment_02": 0.4, "alone_07": 3.0} for step in (2, 4, 6)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = write_report(run).read_text()
+    titles = [re.sub(r"<[^>]*>", "", t) for t in re.findall(r'<figure class="chart"><h3>(.*?)</h3>', page)]
+    assert [t for t in titles if "distill weight" in t] == ["distill weight by layer, with the last values"]
+    assert [t.split()[0] for t in titles].count("misalignment") == 1 and any(t.startswith("alone 07") for t in titles)
+    chart = page[page.index("<h3>distill weight"):]
+    drawing, key = chart[: chart.index("</svg>")], chart[chart.index('<div class="key">') : chart.index("</figure>")]
+    assert len(re.findall(r"fill: none;[^\"]*stroke: var\(--c\d\)", drawing)) == 24
+    looks = re.findall(r'<i style="([^"]*)"></i>(\d+) <small>([\d.]+)</small>', key)
+    assert [label for _, label, _ in looks] == [f"{i:02d}" for i in range(1, 25)] and looks[3][2] == "0.25"
+    assert len({look for look, _, _ in looks}) == 24, "two layers look alike"
+    assert len(re.findall("stroke-dasharray", drawing)) >= 14      # of the eleventh line on

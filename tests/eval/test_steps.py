@@ -220,7 +220,7 @@ def test_a_finished_run_shows_its_steps(tmp_path):
         assert f"{row['metrics']['psnr']['value']:.2f}" in printed
         assert f"{row['metrics']['psnr']['value']:.4g} dB" in text
     labels = [a.get("aria-label") for tag, a in page.tags if tag == "svg"]
-    assert {"PSNR-dB-by-sampling-steps", "SSIM-by-sampling-steps"} <= set(labels)
+    assert {"PSNR-dB-by-sampling-steps", "seconds-to-decode-one-image-by-sampling-steps", "SSIM-by-sampling-steps"} <= set(labels)
     assert ("a", {"href": "#steps"}) in page.tags and {"scope": "row"} in [a for tag, a in page.tags if tag == "th"]
     both = write_report(run, run).read_text()
     assert "A: 16" in both and "B: 16" in both
