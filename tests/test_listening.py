@@ -113,7 +113,12 @@ def test_a_frozen_model_passes_gradients_on_and_keeps_its_weights(gpt2, tmp_path
 
 
 def test_trained_and_lora_say_what_trains(gpt2, tmp_path):
-    assert set(listener_of(gpt2(tmp_path / "a"), "trained").trainable()) == {"adapter", "model"}
+    trained = listener_of(gpt2(tmp_path / "a"), "trained")
+    parts = trained.trainable()
+    assert set(parts) == {"adapter", "model"} and {*parts.parameters()} == {*trained.parameters()}      # its output is tied
+    trained.network.lm_head = nn.Linear(16, 300, bias=False)
+    parts = trained.trainable()
+    assert set(parts) == {"adapter", "model", "output"} and {*parts.parameters()} == {*trained.parameters()}
     pytest.importorskip("peft")
     listener = listener_of(gpt2(tmp_path / "b"), "lora", lora_rank=2)
     parts = listener.trainable()

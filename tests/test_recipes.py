@@ -16,6 +16,10 @@ LM_SPT = {"semantic_encoder": 16_238_144, "acoustic_encoder": 16_238_144, "quant
 UNIFLOW = {"encoder": 304_012_288, "project": 1_115_200, "conditioner": 78_790_656, "flow": 68_667_980}      # 452,586,124
 TADICODEC = {"encoder": 134_349_824, "decoder": 328_516_736, "text_embedding": 32_870_400, "to_code": 14_350, "from_code": 15_360,
              "vocoder": 255_042_434}      # the codec's parts make the 495,766,670 of the authors' classes
+XY_TOKENIZER = {      # the 519,621,074 of the released checkpoint
+    "semantic_encoder": 87_002_112, "semantic_encoder_adapter": 28_349_952, "acoustic_encoder": 87_002_112,
+    "pre_rvq_adapter": 29_530_368, "downsample": 28_317_696, "quantizer": 3_152_896, "post_rvq_adapter": 33_072_384,
+    "upsample": 9_437_184, "acoustic_decoder": 87_001_424, "vocoder": 126_754_946}
 PUBLISHED = {
     "dm_codec/librispeech16k": DM_CODEC, "dm_codec/librispeech16k-lm": DM_CODEC,
     "lm_spt/librispeech24k": LM_SPT, "lm_spt/emilia24k": LM_SPT,
@@ -23,9 +27,10 @@ PUBLISHED = {
     "rectok/imagenet256-decoder-finetune": {"encoder": 86_033_920, "decoder": 85_936_980},
     "tadicodec/emilia24k": TADICODEC, "tadicodec/vocos-24k": {"vocoder": 255_042_434},
     "uniflow/imagenet-internvit300m": UNIFLOW,
+    "xy_tokenizer/emilia16k-stage1": XY_TOKENIZER, "xy_tokenizer/emilia16k-stage2": XY_TOKENIZER,
 }
 OF_OURS = {"lm_spt/librispeech24k-25hz", "lm_spt/librispeech24k-6hz",       # frame rates without a published configuration
-           "tadicodec/vocoder-24k-tiny"}                                   # a part of the tiny recipe
+           "tadicodec/vocoder-24k-tiny", "xy_tokenizer/tiny-stage1", "xy_tokenizer/tiny-stage2"}      # parts of tiny recipes
 PAPER = [name for name in list_recipes() if not name.endswith("/tiny")]
 
 

@@ -73,7 +73,10 @@ class ListeningLM(nn.Module):
         """The adapter and, as the mode says, the model or its low-rank adapters: to be put among an objective's heads."""
         parts = nn.ModuleDict({"adapter": self.adapter})
         if all(p.requires_grad for p in self.network.parameters()):
-            parts["model"] = self.network
+            parts["model"] = self.network.base_model
+            output = self.network.get_output_embeddings()
+            if output.weight is not self.network.get_input_embeddings().weight:      # a tied one cannot be saved twice
+                parts["output"] = output
         elif any(p.requires_grad for p in self.network.parameters()):      # peft's: of each adapted layer, two ModuleDicts
             parts["lora"] = nn.ModuleList(m for name, m in self.network.named_modules() if name.endswith(("lora_A", "lora_B")))
         return parts
