@@ -19,7 +19,8 @@ def steps_section(views: "list[RunView]") -> str:
              if view.results and "steps" in view.results]
     if not known:
         return ""
-    titles, units = {}, {}      # of each metric
+    titles: dict[str, str] = {}
+    units: dict[str, str] = {}
     for _, steps, _ in known:
         for name, metric in steps["rows"][0]["metrics"].items():
             arrow = {"higher": " ↑", "lower": " ↓"}.get(metric.get("better", ""), "")
