@@ -20,6 +20,7 @@ XY_TOKENIZER = {      # the 519,621,074 of the released checkpoint
     "semantic_encoder": 87_002_112, "semantic_encoder_adapter": 28_349_952, "acoustic_encoder": 87_002_112,
     "pre_rvq_adapter": 29_530_368, "downsample": 28_317_696, "quantizer": 3_152_896, "post_rvq_adapter": 33_072_384,
     "upsample": 9_437_184, "acoustic_decoder": 87_001_424, "vocoder": 126_754_946}
+VFM_VAE = {"encoder": 11_592_960, "decoder": 128_144_914}      # and 38 strengths of the release's fixed noise: 139,737,912
 PUBLISHED = {
     "dm_codec/librispeech16k": DM_CODEC, "dm_codec/librispeech16k-lm": DM_CODEC,
     "lm_spt/librispeech24k": LM_SPT, "lm_spt/emilia24k": LM_SPT,
@@ -28,6 +29,7 @@ PUBLISHED = {
     "tadicodec/emilia24k": TADICODEC, "tadicodec/vocos-24k": {"vocoder": 255_042_434},
     "uniflow/imagenet-internvit300m": UNIFLOW,
     "xy_tokenizer/emilia16k-stage1": XY_TOKENIZER, "xy_tokenizer/emilia16k-stage2": XY_TOKENIZER,
+    **{f"vfm_vae/imagenet256-{stage}": VFM_VAE for stage in ("strong", "weak", "ssim", "patchgan")},
 }
 OF_OURS = {"lm_spt/librispeech24k-25hz", "lm_spt/librispeech24k-6hz",       # frame rates without a published configuration
            "tadicodec/vocoder-24k-tiny", "xy_tokenizer/tiny-stage1", "xy_tokenizer/tiny-stage2"}      # parts of tiny recipes
