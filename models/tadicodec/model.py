@@ -46,6 +46,7 @@ class TaDiCodec(SpeechTokenizer):
             self.hop, self.codebooks, self.codebook_size = cfg.mel.hop * cfg.downsample, 1, 2**cfg.bits
             self.takes_texts = cfg.text_condition
             self.path = FlowPath("data", cfg.sigma)
+            self.times = sampling_times(self.path, cfg.steps)      # as numbers, which an export can follow
             self.encoder = MelEncoder(cfg.mel.bands, cfg.width, cfg.encoder_layers, cfg.heads)
             self.to_code = nn.Linear(cfg.width, cfg.bits)
             self.quantizer = BinaryQuantizer(cfg.bits)
@@ -114,19 +115,19 @@ class TaDiCodec(SpeechTokenizer):
         same. Raises InputError on what does not fit.
         """
         self.check_codes(codes, lengths)
-        given = self.check_prompt(prompt, len(codes))
+        before = None if prompt is None else self.check_prompt(prompt, codes.shape[0])
         frames = None if lengths is None else lengths.to(codes.device)
-        noise = start_noise((len(codes), codes.shape[2] * self.cfg.downsample, self.cfg.mel.bands), codes.device, generator)
+        noise = start_noise((codes.shape[0], codes.shape[2] * self.cfg.downsample, self.cfg.mel.bands), codes.device, generator)
         clean = None
         if prompt is not None:
-            heard = prompt.audio.to(codes.device).expand(len(codes), -1, -1)
+            heard = prompt.audio.to(codes.device).expand(codes.shape[0], -1, -1)
             clean = self.mel(heard).transpose(1, 2)                                          # (B, P · downsample, bands)
             lead = self.quantizer.encode(self.analyse(clean))                                # (B, 1, P)
             codes = torch.cat([lead, codes], dim=2)
             frames = None if frames is None else frames + lead.shape[2]
         condition = self.condition(self.quantizer.decode(codes), lengths=frames)
         mask = None if frames is None else frame_mask(frames * self.cfg.downsample, condition.shape[1])
-        text = self.read(self.join(given, texts, len(codes)))
+        text = None if texts is None else self.read(self.join(before, texts, codes.shape[0]))
         return self.sample(condition, noise, clean, mask, text, steps, guidance, rescale)
 
     # --- parts, which training and parity call too ------------------------------------------------------------------------
@@ -182,7 +183,7 @@ class TaDiCodec(SpeechTokenizer):
         deviation for the batch, and they are left as they come: items then depend on their batch.
         Guidance leaves out text and codes, but not the prompt; a network without text has none (as in the authors' code).
         """
-        steps = self.cfg.steps if steps is None else steps
+        times = self.times if steps is None else sampling_times(self.path, steps)
         guidance = self.cfg.guidance if guidance is None else guidance
         rescale = self.cfg.rescale if rescale is None else rescale
         if guidance < 0:
@@ -199,15 +200,15 @@ class TaDiCodec(SpeechTokenizer):
         if guidance not in (0, 1) and self.cfg.text_condition:
             without = conditioned(network, torch.zeros_like(condition), {})
             velocity = guided(velocity, without, guidance, rescale=rescale, together=batch_as_released, mask=target)
-        mel = euler_midpoint(velocity, noise, self.path.times(steps))
+        mel = euler_midpoint(velocity, noise, times)
         return mel if target is None else mel * target[..., None]
 
     def vocode(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Audio (B, 1, T · hop of the mel) of normalised mel frames (B, bands, T), float32, not limited in range."""
         if self.cfg.vocoder.kind == "vocos":
             return self.vocoder(mel.to(self.dtype), lengths).float()
-        audio = torch.zeros(len(mel), 1, mel.shape[2] * self.cfg.mel.hop, device=mel.device)
-        for items, frames in equal_lengths(lengths, mel.shape[2], len(mel)):
+        audio = torch.zeros(mel.shape[0], 1, mel.shape[2] * self.cfg.mel.hop, device=mel.device)
+        for items, frames in equal_lengths(lengths, mel.shape[2], mel.shape[0]):
             audio[items, :, : frames * self.cfg.mel.hop] = griffin_lim(
                 mel[items, :, :frames], self.cfg.mel, self.sample_rate, self.cfg.vocoder.iterations)
         return audio
@@ -226,10 +227,8 @@ class TaDiCodec(SpeechTokenizer):
             raise InputError(f"a vocoder's latents must be float (B, {bands}, T), not {latents.dtype} {tuple(latents.shape)}")
         check_lengths(lengths, latents.shape[0], latents.shape[2], "frames")
 
-    def check_prompt(self, prompt: SpeechPrompt | None, items: int) -> list[str | None]:
+    def check_prompt(self, prompt: SpeechPrompt, items: int) -> Texts:
         """The prompt's texts, one an item. Raises InputError unless there are 1 or `items` of audio and of texts."""
-        if prompt is None:
-            return [None] * items
         self.check_audio(prompt.audio)
         texts: list[str | None] = [None] if prompt.texts is None else list(prompt.texts)
         for what, count in (("audio", len(prompt.audio)), ("texts", len(texts))):
@@ -237,13 +236,17 @@ class TaDiCodec(SpeechTokenizer):
                 raise InputError(f"a prompt has one {what} for all, or one for each of the {items} items, not {count}")
         return texts * items if len(texts) == 1 else texts
 
-    def join(self, before: Texts, texts: Texts | None, items: int) -> list[str | None] | None:
+    def join(self, before: Texts | None, texts: Texts, items: int) -> Texts:
         """The prompt's texts with the items' behind them; None where an item's own is not known. Raises InputError."""
-        if texts is None:
-            return None
         if isinstance(texts, str) or len(texts) != items:
             raise InputError(f"texts must be a list of one text, or None, for each of the {items} items")
-        return [None if text is None else (lead or "") + text for lead, text in zip(before, texts)]
+        return [None if text is None else (lead or "") + text for lead, text in zip(before or [None] * items, texts)]
+
+
+def sampling_times(path: FlowPath, steps: int) -> list[float]:
+    """The steps + 1 times from noise to mel frames. Raises InputError on no steps."""
+    with torch.device("cpu"):      # also where networks are built without memory
+        return path.times(steps).tolist()
 
 
 def resized(x: Tensor, frames: int) -> Tensor:

@@ -175,10 +175,10 @@ class FlowDecoder(nn.Module):
             length = text.shape[1]
             x = torch.cat([self.text_mlp(text).to(x.dtype), x], dim=1)                       # (B, L + T, width)
             if mask is None:
-                mask = torch.ones(len(x), frames, dtype=torch.bool, device=x.device)
+                mask = torch.ones(x.shape[0], frames, dtype=torch.bool, device=x.device)
             mask = torch.cat([frame_mask(text_lengths, length), mask], dim=1)
             starts = torch.full_like(text_lengths, length) if text_padding_counts else text_lengths
-            places = torch.arange(length, device=x.device).expand(len(x), -1)
+            places = torch.arange(length, device=x.device).expand(x.shape[0], -1)
             positions = torch.cat([places, starts[:, None] + positions], dim=1)              # (B, L + T)
         return self.out(self.tower(x, positions, mask, self.embed_time(time))[:, length:])
 

@@ -65,7 +65,7 @@ def vocoder_log_mel(audio: Tensor, cfg: MelConfig, sample_rate: int, lengths: Te
     those of silence. Without it padding counts as sound, as in the code that mel vocoders are trained with.
     """
     audio, pad = audio.float(), (cfg.n_fft - cfg.hop) // 2
-    ends = torch.full((len(audio),), audio.shape[1], device=audio.device) if lengths is None else lengths.to(audio.device)
+    ends = torch.full((audio.shape[0],), audio.shape[1], device=audio.device) if lengths is None else lengths.to(audio.device)
     window = torch.hann_window(cfg.n_fft, device=audio.device)
     spectrum = torch.stft(
         reflect_ends(audio, ends, pad), cfg.n_fft, cfg.hop, window=window, center=False, return_complex=True)
