@@ -1,8 +1,10 @@
 """The XY-Tokenizer network (arXiv 2506.23325): two encoders of Whisper's shape, one stream of residual codes, a decoder."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,12 @@ from tokenizers_lab.nn.streams import Stream
 from tokenizers_lab.nn.vocos import Vocos
 from tokenizers_lab.nn.whisper import STRIDE, WhisperAdapter, WhisperDecoder, WhisperEncoder, encoder_state
 from tokenizers_lab.nn.windows import PlannedStream, WindowPlan, both_sides, in_windows, look_ahead
+from tokenizers_lab.quantizers.codebook import full_precision
 from tokenizers_lab.quantizers.masked import MaskedResidualVQ
 from tokenizers_lab.quantizers.result import QuantizerResult
 from tokenizers_lab.teachers.speech import from_transformers
 from tokenizers_lab.teachers.whisper import WHISPER_ASSETS, whisper_from_asset
-from tokenizers_lab.tokenizer import CONTEXT_SECONDS, SpeechEncoding, SpeechTokenizer, load_weights
+from tokenizers_lab.tokenizer import CONFIG_FILE, CONTEXT_SECONDS, SpeechEncoding, SpeechTokenizer, load_weights
 
 from .config import AdapterConfig, ModelConfig, QuantizerConfig, StackConfig, check_model, hop_of, vocoder_hop, window_codes
 
@@ -147,16 +150,15 @@ class XYTokenizer(SpeechTokenizer):
         return PlannedStream(
             lambda codes, lengths: self.window_decode(codes, lengths).clamp(-1, 1), self.plan(), 1, self.frame_samples())
 
-    def reconstruct(self, audio: Tensor, lengths: Tensor | None = None, **options: object) -> Tensor:
+    @torch.inference_mode()
+    def reconstruct(self, audio: Tensor, lengths: Tensor | None = None, **options: Any) -> Tensor:
         """decode(encode(audio)) at `output_rate()`, cut to the duration of the input; 0 behind the end of a shorter item.
 
         options: of `decode`.
         """
-        with torch.inference_mode():
-            encoding, rate = self.encode(audio, lengths), self.cfg.output_rate
-            restored = self.decode(encoding.code, encoding.lengths, **options)      # type: ignore[arg-type]
-            restored = restored[..., : audio.shape[-1] * rate // self.sample_rate]
-            return restored if lengths is None else zero_behind(restored, lengths.to(restored.device) * rate // self.sample_rate)
+        encoding, rate = self.encode(audio, lengths), self.cfg.output_rate
+        restored = self.decode(encoding.code, encoding.lengths, **options)[..., : audio.shape[-1] * rate // self.sample_rate]
+        return restored if lengths is None else zero_behind(restored, lengths.to(restored.device) * rate // self.sample_rate)
 
     def forward(self, audio: Tensor, lengths: Tensor | None = None, draw: Draw | None = None) -> Coded:
         """The training pass over audio (B, 1, samples) of at most a window; what lies behind `lengths` (B,) samples is not heard.
@@ -260,7 +262,8 @@ class XYTokenizer(SpeechTokenizer):
             frames = -(-lengths // unit) * unit // WHISPER_HOP
             audio = zero_behind(audio, lengths)
         samples = min(-(-audio.shape[2] // self.hop) * self.hop + STRIDE * WHISPER_HOP, longest)
-        return whisper_log_mel(audio[:, 0], self.cfg.bands, samples), frames
+        with full_precision(audio):
+            return whisper_log_mel(audio[:, 0], self.cfg.bands, samples), frames
 
     def latents(self, audio: Tensor, lengths: Tensor | None = None, pad: bool = True) -> tuple[Tensor, Tensor | None]:
         """The quantizer's input (B, channels, T) of audio (B, 1, samples) of at most a window, T = ⌈samples / hop⌉, and its
@@ -314,11 +317,6 @@ def build_quantizer(cfg: QuantizerConfig, channels: int) -> MaskedResidualVQ:
 
 def is_ours(source: str) -> bool:
     """Whether that names a tokenizer of this library: a saved folder, a run, or SYSTEM/official."""
-    import json
-    from pathlib import Path
-
-    from tokenizers_lab.tokenizer import CONFIG_FILE
-
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return source.split("/")[1:2] == ["official"]

@@ -19,7 +19,7 @@ from tokenizers_lab.quantizers.result import QuantizerResult
 from tokenizers_lab.tokenizer import load_weights, read_weights
 
 from .config import QuantizerConfig, window_codes
-from .convert import from_official, official_config, official_name
+from .convert import QUANTIZER, from_official, official_config, official_name
 from .model import XYTokenizer, build_quantizer
 
 CODES_OF = 10.0               # seconds of overlap of the long codes that are decoded
@@ -235,8 +235,7 @@ def probe_tensors(codec: XYTokenizer, audio: Tensor, lengths: Tensor) -> dict[st
 def training_tensors(codec: XYTokenizer, config: dict[str, Any], given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Steps of the quantizer alone, with the authors' faults."""
     own = replace(official_config(config).quantizer, released_start=True, released_replacement=True)
-    overrides = config["vq_init_overrides"]
-    fresh = replace(own, codebook_size=overrides["codebook_size"], dead_threshold=float(overrides["threshold_ema_dead"]))
+    fresh = replace(own, **{QUANTIZER[theirs]: value for theirs, value in config["vq_init_overrides"].items()})
     result = quantizer_step(codec, own, given, "vq_train", "vq_train")
     result |= quantizer_step(codec, replace(own, dead_threshold=0.0), given, "vq_train", "vq_train_nodead")
     result |= quantizer_step(codec, fresh, given, "vq_init", "vq_init")

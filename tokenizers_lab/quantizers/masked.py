@@ -56,15 +56,17 @@ class MaskedResidualVQ(ResidualVQ):
             valid = torch.arange(frames, device=x.device) < lengths[:, None]                       # (B, T)
         counted = torch.ones_like(valid) if padding_counts else valid
         codes, layers, losses, rows_of, statistics = [], [], [], [], []
+        everything = lengths is None or padding_counts
         y = self.input_proj(x)
         with full_precision(x):
             residual = wide(y).transpose(1, 2) * valid[..., None]                                  # (B, T, width)
             for i in range(count):
-                book, rows = self.book(i), residual.detach()[counted]                              # (N, width)
+                book, flat = self.book(i), residual.detach().flatten(0, 1)                         # (B · T, width)
+                rows = flat if everything else flat[counted.flatten()]                             # (N, width)
                 if self.training:
                     assert draw is not None
                     book.start(rows, draw, f"kmeans.{i}")
-                index = book.encode(residual.detach().flatten(0, 1)).view(batch, frames)
+                index = book.encode(flat).view(batch, frames)
                 value = book.decode(index).to(residual.dtype)                                      # before this step's update
                 uses = counted if used is None else counted & (used > i)[:, None]
                 error = (residual - value).square().mean(-1)                                       # (B, T)
