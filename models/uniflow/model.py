@@ -128,7 +128,8 @@ class UniFlow(ImageTokenizer):
             raise InputError(f"chunk must be at least 1 patch, not {chunk}")
         times = self.times
         if steps is not None or power is not None:
-            times = sampling_times(self.cfg.steps if steps is None else steps, self.cfg.schedule_power if power is None else power)
+            power = self.cfg.schedule_power if power is None else power
+            times = sampling_times(self.cfg.steps if steps is None else steps, power)
         noise = noise.to(torch.promote_types(condition.dtype, noise.dtype))
         parts = [(condition, noise)] if chunk is None else list(zip(condition.split(chunk), noise.split(chunk)))
         made = [euler(zero_guided(self.velocity, c, guidance), x, times) for c, x in parts]
