@@ -6,6 +6,7 @@ it were alone.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,7 @@ class ISTFTHead(nn.Module):
 
     def spectrum(self, x: Tensor) -> Tensor:
         """The complex spectrum (B, n_fft // 2 + 1, T); no magnitude is above 100."""
-        with torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):      # the meta device knows none
             made = self.out(x.to(self.out.weight.dtype).transpose(1, 2)).transpose(1, 2)       # (B, n_fft + 2, T)
         level, phase = made.to(torch.promote_types(self.istft.window.dtype, torch.float32)).chunk(2, dim=1)
         # cut before the exponential, which could overflow and make the gradient NaN
