@@ -7,7 +7,8 @@ from tokenizers_lab.errors import ConfigError
 
 TERMS = ("l1", "l2", "lpips", "ssim", "multiscale", "gan", "patchgan", "feature_matching", "vf", "kl", "quantizer", "entropy")
 RECONSTRUCTION = ("l1", "l2", "lpips", "ssim", "multiscale")      # what the adaptive weight of the term vf compares itself with
-STAGE_MAY_CHANGE = ("adaptive", "equivariance", "equivariance_latent", "equivariance_scale", "multiscale_weights")
+STAGE_MAY_CHANGE = ("adaptive", "equivariance", "equivariance_latent", "equivariance_scale",
+                    "equivariance_smallest", "multiscale_weights")
 KINDS = ("siglip", "dinov2", "dinov3", "mae", "clip", "cnn")
 SIGLIP2_LARGE = {
     "model_type": "siglip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
@@ -106,6 +107,7 @@ class ObjectiveConfig:
     equivariance: bool = True         # scale and turn latents or images in training
     equivariance_latent: float = 0.5  # chance that the latents are transformed, else the input is
     equivariance_scale: float = 0.25  # chance that the input is scaled where it is its turn
+    equivariance_smallest: int = 32   # no scale gives images of fewer pixels a side
 
 
 def channels(cfg: ModelConfig) -> list[int]:

@@ -98,7 +98,9 @@ class VFMVAEObjective(Objective):
         if not self.cfg.equivariance:
             return Change()
         sides = (images.shape[2] // tokenizer.downsample, images.shape[3] // tokenizer.downsample)
-        return draw_change(draw, self.cfg.equivariance_latent, self.cfg.equivariance_scale, sides)
+        own = self.cfg
+        smallest = own.equivariance_smallest / tokenizer.downsample
+        return draw_change(draw, own.equivariance_latent, own.equivariance_scale, sides, smallest)
 
     def autoencode(self, tokenizer: VFMVAE, images: Tensor, draw: Draw) -> Made:
         """Encode (smaller images, if that is drawn), sample, change the latents (if that is drawn), decode."""

@@ -19,12 +19,12 @@ class Change(NamedTuple):
     of_latents: bool = False     # the latents, before they are decoded; else the images, before they are encoded
 
 
-def draw_change(draw: Draw, latent_share: float, scale_share: float, sides: tuple[int, ...]) -> Change:
+def draw_change(draw: Draw, latent_share: float, scale_share: float, sides: tuple[int, ...], smallest: float = 1) -> Change:
     """Latents change with chance `latent_share` (any scale, any turn); else the images shrink with chance `scale_share`.
 
-    sides: of the latent grid; scales at which it would not stay whole are left out.
+    sides: of the latent grid; scales at which it would not stay whole, or fall below `smallest`, are left out.
     """
-    whole = [s for s in SCALES if all(side * s == int(side * s) for side in sides)]
+    whole = [s for s in SCALES if s == 1 or all(side * s == int(side * s) and side * s >= smallest for side in sides)]
     pick = float(draw.uniform("equivariance.scale"))
     if float(draw.uniform("equivariance.branch")) < latent_share:
         return Change(whole[int(pick * len(whole))], int(draw.integers("equivariance.turns", 0, 4)), True)
