@@ -42,6 +42,7 @@ class ModelConfig:
     sigma: float = 1e-5               # share of the noise that is left at the data's end of the flow
     norm_init: str = "library"        # first weights of the time-scaled norms: library (N(0, 0.02), bias 0, as released in
                                       # effect), identity (weight 0, bias 1, as the authors wrote them)
+    condition_gain: float = 0.0       # first weights from code to decoder are N(0, gain² / inputs); 0: N(0, 0.02²), as released
     text_condition: bool = True       # the decoder also reads the text; without it there is no guidance
     text: TextConfig = field(default_factory=lambda: TextConfig(      # the authors do not name it: inferred from its sizes
         tokenizer="microsoft/Phi-3.5-mini-instruct", normaliser="none", vocabulary=32_100, pad=32_000))
@@ -84,6 +85,8 @@ def check_model(cfg: ModelConfig, where: str = "model") -> None:
         raise ConfigError(f"{where}.bits must be at most 20, not {cfg.bits}")
     if cfg.norm_init not in NORM_INITS:
         raise ConfigError(f"{where}.norm_init must be one of {', '.join(NORM_INITS)}; not '{cfg.norm_init}'")
+    if cfg.condition_gain < 0:
+        raise ConfigError(f"{where}.condition_gain must not be negative, but is {cfg.condition_gain:g}")
     if not 0 <= cfg.sigma < 1 or cfg.guidance < 0 or not 0 <= cfg.rescale <= 1:
         raise ConfigError(f"{where}: 0 ≤ sigma < 1, guidance ≥ 0 and 0 ≤ rescale ≤ 1 must hold, "
                           f"not {cfg.sigma:g}, {cfg.guidance:g}, {cfg.rescale:g}")

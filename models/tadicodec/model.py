@@ -59,6 +59,10 @@ class TaDiCodec(SpeechTokenizer):
                 self.text_embedding.apply(init_weights)
             self.to_code.apply(init_weights)
             self.from_code.apply(init_weights)
+            if cfg.condition_gain:      # else a narrow network's condition is 10,000 times smaller than the frames it is added to
+                for layer in (self.from_code, *self.decoder.condition_mlp):
+                    if isinstance(layer, nn.Linear):
+                        nn.init.normal_(layer.weight, std=cfg.condition_gain * layer.in_features**-0.5)
         else:
             self.hop, self.codebooks, self.codebook_size = cfg.mel.hop, 0, 0
             self.decode_options = ()

@@ -44,6 +44,7 @@ class ModelConfig:
     global_blocks: int = 6            # transformer blocks between latents and flow network; 0: none
     global_heads: int = 16            # their attention heads
     flow_blocks: int = 12             # residual blocks of the flow network
+    init_gain: float = 0.0            # first weights of linear layers are N(0, gain² / inputs); 0: N(0, 0.02²), as released
     steps: int = 1                    # Euler steps of decoding, where no other number is asked for
     schedule_power: float = 1.0       # their times: 1 linear; q: pow_q, finer near noise for q < 1
 
@@ -77,6 +78,8 @@ def check_model(cfg: ModelConfig, where: str = "model") -> None:
         raise ConfigError(f"{where}: latent_channels, flow_blocks, steps and global_heads must be at least 1, global_blocks 0")
     if cfg.width < 1 or cfg.width % 4 or cfg.width % cfg.global_heads:
         raise ConfigError(f"{where}.width {cfg.width} must be a multiple of 4 and of {where}.global_heads {cfg.global_heads}")
+    if cfg.init_gain < 0:
+        raise ConfigError(f"{where}.init_gain must not be negative, but is {cfg.init_gain}")
     if cfg.schedule_power <= 0:
         raise ConfigError(f"{where}.schedule_power must be above 0, but is {cfg.schedule_power}")
     check_encoder(cfg.encoder, f"{where}.encoder")

@@ -384,3 +384,14 @@ def test_the_tiny_recipe_says_that_its_audio_is_a_quick_look():
     vocoder = load_config("tadicodec/vocoder-24k-tiny").model
     same = [getattr(model.vocoder, name) == getattr(vocoder.vocoder, name) for name in ("width", "hidden", "layers")]
     assert all(same) and model.mel == vocoder.mel      # so that init_parts fits
+
+
+def test_the_condition_can_begin_as_large_as_the_frames():
+    torch.manual_seed(0)
+    plain, scaled = (TaDiCodec(replace(SMALL, width=64, condition_gain=gain)) for gain in (0.0, 1.0))
+    codes = torch.arange(32)[None, None]
+    sizes = [t.decoder.condition_mlp(t.condition(t.quantizer.decode(codes))).std().item() for t in (plain, scaled)]
+    frames = plain.decoder.inward(torch.randn(1, 32, 20)).std().item()
+    assert sizes[0] < frames / 100 and sizes[1] > frames
+    with pytest.raises(ConfigError, match="condition_gain"):
+        check_model(replace(SMALL, condition_gain=-1.0))

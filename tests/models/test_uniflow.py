@@ -408,3 +408,12 @@ def test_the_authors_file_becomes_a_tokenizer():
     assert converted.tokenizer.cfg.steps == 4 and converted.tokenizer.provenance["converted_from"] == OFFICIAL["hub_id"]
     images = torch.rand(1, 3, 16, 16)
     assert converted.tokenizer.reconstruct(images).shape == images.shape
+
+
+def test_the_first_weights_can_have_a_gain():
+    torch.manual_seed(0)
+    scaled = UniFlow(replace(SMALL, init_gain=2.0))
+    assert scaled.conditioner.unproject.fc1.weight.std().item() == pytest.approx(2 * SMALL.latent_channels**-0.5, rel=0.2)
+    assert not scaled.flow.out.weight.any()      # the first velocity stays 0
+    with pytest.raises(ConfigError, match="init_gain"):
+        UniFlow(replace(SMALL, init_gain=-1.0))
