@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_lab.diffusion.flow import FlowPath
-from tokenizers_lab.diffusion.mel_flow import rotary_table, sinusoidal
+from tokenizers_lab.diffusion.mel_flow import sinusoidal
 from tokenizers_lab.nn.mel import vocoder_filters, vocoder_log_mel, vocoder_mel
+from tokenizers_lab.nn.rope import rotary_table
 from tokenizers_lab.parity import GivenDraw
 from tokenizers_lab.quantizers.bsq import BinaryQuantizer, mean_distribution
 from tokenizers_lab.settings import OptimizerConfig, StageConfig

@@ -12,27 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenizers_lab.diffusion.flow import frame_mask
+from tokenizers_lab.nn.rope import apply_by_halves, rotary_table
 from tokenizers_lab.nn.transformer import BlockStack
 
-NORM_EPS, ROPE_BASE, INIT_STD, MLP_RATIO = 1e-6, 10_000.0, 0.02, 4
-
-
-def rotary_table(positions: Tensor, head_dim: int) -> Tensor:
-    """(..., 2 · head_dim) cosines, then sines, float32, of positions (...): head_dim / 2 frequencies, which repeat as a block."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[..., None].float() * ROPE_BASE**-exponents
-    angles = torch.cat([angles, angles], dim=-1)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def apply_by_halves(x: Tensor, table: Tensor) -> Tensor:
-    """x·cos + R(x)·sin, where R turns each channel of the first half with its fellow of the second: R(a, b) = (−b, a).
-
-    x: (B, heads, N, d); table: (N, 2d) or (B, N, 2d). Returns x's shape and type (Su et al. 2021).
-    """
-    cos, sin = table.unsqueeze(-3).chunk(2, dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+NORM_EPS, INIT_STD, MLP_RATIO = 1e-6, 0.02, 4
 
 
 class ScaledNorm(nn.Module):
