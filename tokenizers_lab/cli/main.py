@@ -14,8 +14,8 @@ from typing import NoReturn
 from tokenizers_lab.errors import TokenizersLabError
 
 COMMANDS = (
-    "train", "encode", "decode", "reconstruct", "eval", "compare", "report", "latent-stats", "features", "export", "convert",
-    "info", "config", "list", "assets")
+    "train", "encode", "decode", "reconstruct", "eval", "probe", "compare", "report", "latent-stats", "features", "export",
+    "convert", "info", "config", "list", "assets")
 USER_ERROR = 2
 DESCRIPTION = "Train, use and compare tokenizers for images and speech."
 EPILOG = "toklab COMMAND --help explains a command. Errors are one line; TOKLAB_DEBUG=1 shows where they came from."
