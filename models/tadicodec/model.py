@@ -1,6 +1,7 @@
 """The TaDiCodec tokenizer (arXiv 2508.16790): mel encoder, binary spherical codes, flow decoder with text, vocoder."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,18 @@ from tokenizers_lab.diffusion.samplers import euler_midpoint
 from tokenizers_lab.errors import InputError
 from tokenizers_lab.nn.dac import zero_behind
 from tokenizers_lab.nn.mel import griffin_lim, vocoder_mel
+from tokenizers_lab.nn.streams import InTurn, Pointwise, Stream, WindowStream
 from tokenizers_lab.nn.vocos import Vocos
 from tokenizers_lab.quantizers.bsq import BinaryQuantizer
 from tokenizers_lab.text import build_text_tokenizer
-from tokenizers_lab.tokenizer import SpeechEncoding, SpeechPrompt, SpeechTokenizer, check_lengths, equal_lengths
+from tokenizers_lab.tokenizer import (
+    CONTEXT_SECONDS,
+    SpeechEncoding,
+    SpeechPrompt,
+    SpeechTokenizer,
+    check_lengths,
+    equal_lengths,
+)
 
 from .config import ModelConfig, check_model
 
@@ -134,6 +143,17 @@ class TaDiCodec(SpeechTokenizer):
         text = None if texts is None else self.read(self.join(before, texts, codes.shape[0]))
         return self.sample(condition, noise, clean, mask, text, steps, guidance, rescale)
 
+    def decode_stream(self, context: float = CONTEXT_SECONDS, **options: Any) -> Stream:
+        """See SpeechTokenizer. options: of `decode`, for all windows alike, so that texts and prompt are of short audio only.
+
+        A codec is decoded in windows that overlap: as nothing in it is local, they are not what the whole would be. The vocoder
+        alone is exact, if its lengths of silence at both ends are.
+        """
+        if self.cfg.codec:
+            return WindowStream(partial(self.decode, **options), 1, self.hop, self._frames_of(context))
+        limited = Pointwise(lambda audio: audio.float().clamp(-1, 1))
+        return InTurn([Pointwise(lambda mel: mel.to(self.dtype)), self.vocoder.stream(), limited])
+
     # --- parts, which training and parity call too ------------------------------------------------------------------------
 
     def mel(self, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -223,6 +243,13 @@ class TaDiCodec(SpeechTokenizer):
         return next(self.parameters()).dtype
 
     # --- checks -----------------------------------------------------------------------------------------------------------
+
+    def check_codes(self, codes: Tensor, lengths: Tensor | None = None) -> None:
+        """See SpeechTokenizer; of the vocoder alone, `check_latents`."""
+        if self.cfg.codec:
+            super().check_codes(codes, lengths)
+        else:
+            self.check_latents(codes, lengths)
 
     def check_latents(self, latents: Any, lengths: Tensor | None) -> None:
         """Raise InputError unless latents are floats (B, bands, T), not empty, and lengths fit them."""

@@ -81,12 +81,13 @@ def encode_sounds(
 ) -> None:
     """Codes of each sound."""
     from .encoded import write_encoded
-    from .sounds import bit_rate, encode_sound, find_sounds
+    from .sounds import encode_sound, find_sounds, rate_text
 
     sounds = find_sounds(args.files, tokenizer, args.channels or "mix")
     with progress_bar("encoding", len(sounds)) as advance:
         for sound, target in zip(sounds, targets):
             codes = encode_sound(tokenizer, sound, advance)
-            write_encoded(target, {"codes": codes}, {**origin, **sound.texts()})
-            bits = bit_rate(tokenizer) * len(sound.picks)
-            say(f"{sound.file}: codes {tuple(codes.shape)}, {sound.seconds:.2f} s, {bits:,.0f} bit/s -> {target}")
+            name = "codes" if tokenizer.codebooks else "latents"
+            write_encoded(target, {name: codes}, {**origin, **sound.texts()})
+            rate = rate_text(tokenizer, len(sound.picks))
+            say(f"{sound.file}: {name} {tuple(codes.shape)}, {sound.seconds:.2f} s, {rate} -> {target}")

@@ -70,8 +70,9 @@ def speech_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
           if figures["buffers"] >= 10_000 else []),
         ("audio", f"{rate:,} Hz, {channels}" + (f"; decoded at {out:,} Hz" if out != rate else "")),
         ("frames", f"{rate / figures['hop']:g} a second, of {figures['hop']:,} samples"),
-        ("codebooks", entries),
-        ("bit rate", f"{figures['bit_rate']:,.0f} bit/s nominal, {raw / figures['bit_rate']:.0f} times less than 16-bit samples"),
+        *([("codebooks", entries),
+           ("bit rate", f"{figures['bit_rate']:,.0f} bit/s nominal, {raw / figures['bit_rate']:.0f} times less than 16-bit samples")]
+          if books else [("latents", "continuous: no codes")]),
         ("in pieces", figures["pieces"]),
         ("encode", f"{encode:.2f} GFLOPs a second of audio, {encode / 2:.2f} G multiply-adds"),
         ("decode", f"{decode:.2f} GFLOPs a second of audio, {decode / 2:.2f} G multiply-adds"),

@@ -84,7 +84,7 @@ def reconstruct_images(args: argparse.Namespace, tokenizer: "ImageTokenizer") ->
 
 def reconstruct_sounds(args: argparse.Namespace, tokenizer: "SpeechTokenizer") -> None:
     """A WAV of each sound, and how close it is."""
-    from .sounds import bit_rate, find_sounds, reconstruct_sound, wav_options
+    from .sounds import find_sounds, rate_text, reconstruct_sound, wav_options
     from .spoken import check_text_options, hearer, reconstruct_spoken
 
     wav = wav_options(args, tokenizer)
@@ -99,9 +99,9 @@ def reconstruct_sounds(args: argparse.Namespace, tokenizer: "SpeechTokenizer") -
                 made.append(reconstruct_sound(tokenizer, sound, target, wav, advance))
             else:
                 made.append(reconstruct_spoken(tokenizer, sound, target, wav, heard, advance))
-            bits = bit_rate(tokenizer) * len(sound.picks)
+            rate = rate_text(tokenizer, len(sound.picks))
             times = [seconds / sound.seconds for seconds in (made[-1].encode_seconds, made[-1].decode_seconds)]
-            say(f"{sound.file}: mel distance {made[-1].mel:.3f}, SI-SDR {made[-1].sisdr:.2f} dB, {bits:,.0f} bit/s, real-time "
+            say(f"{sound.file}: mel distance {made[-1].mel:.3f}, SI-SDR {made[-1].sisdr:.2f} dB, {rate}, real-time "
                 f"factor {sum(times):.3f} (encode {times[0]:.3f}, decode {times[1]:.3f}) -> {target}")
     if len(made) > 1:
         mel, sisdr = (sum(getattr(one, name) for one in made) / len(made) for name in ("mel", "sisdr"))

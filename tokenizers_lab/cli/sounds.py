@@ -75,18 +75,27 @@ def find_sounds(files: Sequence[str], tokenizer: SpeechTokenizer, channels: str)
 
 
 def bit_rate(tokenizer: SpeechTokenizer) -> float:
-    """Nominal bits a second of one stream of codes: every code at log₂ of its codebook's size."""
+    """Nominal bits a second of one stream of codes: every code at log₂ of its codebook's size; 0 where there are none."""
     return tokenizer.sample_rate / tokenizer.hop * sum(math.log2(size) for size in tokenizer.codebook_sizes)
+
+
+def rate_text(tokenizer: SpeechTokenizer, streams: int) -> str:
+    """The bit rate of so many streams of codes, or the rate of frames of latents."""
+    if not tokenizer.codebooks:
+        return f"{tokenizer.sample_rate / tokenizer.hop * streams:g} frames of latents a second"
+    return f"{bit_rate(tokenizer) * streams:,.0f} bit/s"
 
 
 # --- encode ---------------------------------------------------------------------------------------------------------------
 
 def encode_sound(tokenizer: SpeechTokenizer, sound: Sound, advance: Advance) -> Tensor:
-    """Codes (K, T) of a file, or (channels, K, T) of each of its channels, in the smallest integer type that holds them.
+    """Codes (K, T) of a file, or (channels, K, T) of each of its channels, in the smallest integer type that holds them; latents
+    likewise, in float32.
 
     advance is told which share of the file is done. Raises DataError where the file turns out to be damaged.
     """
-    smallest = next(t for t in CODE_TYPES if torch.iinfo(t).max >= max(tokenizer.codebook_sizes) - 1)
+    largest = max(tokenizer.codebook_sizes, default=0) - 1
+    smallest = next(t for t in CODE_TYPES if torch.iinfo(t).max >= largest) if tokenizer.codebooks else torch.float32
     streams = []
     for pick in sound.picks:
         pieces = watched(read_sound(tokenizer, sound, pick), sound.length(tokenizer.sample_rate) * len(sound.picks), advance)
@@ -115,33 +124,38 @@ def watched(pieces: Iterator[Tensor], total: int, advance: Advance) -> Iterator[
 # --- decode ---------------------------------------------------------------------------------------------------------------
 
 def read_codes(encoded: Encoded, tokenizer: SpeechTokenizer) -> tuple[Tensor, Sound]:
-    """Codes (streams, K, T) int64 of a file that `toklab encode` wrote, and the sound they are of. Raises InputError."""
-    file, header, codes = encoded.file, encoded.header, encoded.tensors.get("codes")
+    """Codes (streams, K, T) int64, or latents (streams, C, T), of a file that `toklab encode` wrote, and the sound they are of.
+
+    Raises InputError.
+    """
+    name = "codes" if tokenizer.codebooks else "latents"
+    file, header, codes = encoded.file, encoded.header, encoded.tensors.get(name)
     if "original_rate" not in header or codes is None:
-        raise InputError(f"{file} does not hold codes of a sound, which this {tokenizer.system} tokenizer decodes")
+        raise InputError(f"{file} does not hold {name} of a sound, which this {tokenizer.system} tokenizer decodes")
     numbers = ("samples", "original_rate", "sample_rate", "channels", "each")
     try:
         sound = Sound(header["file"], *(int(header[name]) for name in numbers))
     except (KeyError, ValueError) as error:
         raise InputError(f"{file}: its header is damaged ({error}); encode the sound again") from error
-    if codes.dtype not in CODE_TYPES:
+    if tokenizer.codebooks and codes.dtype not in CODE_TYPES:
         raise InputError(f"{file}: codes must be whole numbers (uint8, int16, int32 or int64), not {codes.dtype}")
     streams, made = (sound.channels, sound.channels) if sound.each else (1, tokenizer.channels)
     stacked = codes if sound.each else codes[None]
     numbers_fit = min(sound.samples, sound.original_rate, sound.sample_rate, sound.channels) > 0 and sound.channels == made
     if stacked.dim() != 3 or len(stacked) != streams or not numbers_fit:
-        raise InputError(f"{file}: codes of shape {tuple(codes.shape)} do not fit its header; encode the sound again")
-    if not 1 <= stacked.shape[1] <= tokenizer.codebooks:
+        raise InputError(f"{file}: {name} of shape {tuple(codes.shape)} do not fit its header; encode the sound again")
+    if tokenizer.codebooks and not 1 <= stacked.shape[1] <= tokenizer.codebooks:
         raise InputError(f"{file}: its codes are of {stacked.shape[1]} codebooks, but the model has {tokenizer.codebooks}")
     frames = tokenizer.frames(sound.length(sound.sample_rate))
     if sound.sample_rate != tokenizer.sample_rate or stacked.shape[2] != frames:
         raise InputError(f"{file}: its {sound.seconds:.2f} s at {sound.sample_rate} Hz have {stacked.shape[2]} frames; the model "
                          f"would have {frames} at {tokenizer.sample_rate} Hz")
+    stacked = stacked.long() if tokenizer.codebooks else stacked
     try:
-        tokenizer.check_codes(stacked.long())
+        tokenizer.check_codes(stacked)
     except InputError as error:
         raise InputError(f"{file}: {error}") from error
-    return stacked.long(), sound
+    return stacked, sound
 
 
 @dataclass(frozen=True)
