@@ -64,6 +64,7 @@ def speech_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     runs = [(size, len(list(group))) for size, group in groupby(books)]
     entries = ", then ".join(f"{count} of {size:,} entries" for size, count in runs)
     raw = 16 * rate * figures["channels"]
+    nominal = figures["bit_rate"]
     encode, decode = figures["encode_flops"] / 1e9, figures["decode_flops"] / 1e9
     return [
         *([("buffers", f"{figures['buffers'] / 1e6:.2f} M floats, codebooks with their averages among them")]
@@ -71,7 +72,7 @@ def speech_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("audio", f"{rate:,} Hz, {channels}" + (f"; decoded at {out:,} Hz" if out != rate else "")),
         ("frames", f"{rate / figures['hop']:g} a second, of {figures['hop']:,} samples"),
         *([("codebooks", entries),
-           ("bit rate", f"{figures['bit_rate']:,.0f} bit/s nominal, {raw / figures['bit_rate']:.0f} times less than 16-bit samples")]
+           ("bit rate", f"{nominal:,.0f} bit/s nominal, {raw / nominal:.0f} times less than 16-bit samples")]
           if books else [("latents", "continuous: no codes")]),
         ("in pieces", figures["pieces"]),
         ("encode", f"{encode:.2f} GFLOPs a second of audio, {encode / 2:.2f} G multiply-adds"),
