@@ -228,6 +228,15 @@ ASSETS: dict[str, Asset] = {
             "6607f948be9824d2e1b2fa2223cd94c06c45afa4e05ea0e3d5e1f2bdffde2465", 56_128),
         note="British to American spellings, for transformers' EnglishTextNormalizer",
     ),
+    "clip-bpe": Asset(
+        "texts of image-text models: CLIP's byte pairs", "MIT",
+        package=Package(
+            "open_clip_torch", "3.3.0", "open_clip_torch-3.3.0-py3-none-any.whl",
+            "c549ad5ed6bfc119cc11105033c0a2b9d7a2a4afeb40a58a09aab3da1a0043ce", 1_547_268,
+            "open_clip/bpe_simple_vocab_16e6.txt.gz",
+            "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a", 1_356_917),
+        note="49,408 tokens, lower case",
+    ),
     "dnsmos": Asset(
         "DNSMOS: quality without a reference (ONNX)", "MIT", bundle=Bundle("dnsmos", tuple(
             BundleFile(name, sha256, size, ((_SPEECHMOS, f"speechmos/dnsmos_models/{name}"),)) for name, sha256, size in (

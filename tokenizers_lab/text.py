@@ -1,4 +1,4 @@
-"""Texts as token ids for speech models: normalised by name, then UTF-8 bytes or the tokens of a transformers tokenizer."""
+"""Texts as token ids: normalised by name, then UTF-8 bytes, CLIP's byte pairs or the tokens of a transformers tokenizer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenizers_lab.clip_bpe import END, START, VOCABULARY, clip_encoder
 from tokenizers_lab.errors import ConfigError, WeightsMissing
 from tokenizers_lab.text_normalisers import NORMALISERS, build_normaliser
 
-BYTES = "bytes"
+BYTES, CLIP = "bytes", "clip"
 Encode = Callable[[list[str]], list[list[int]]]
 
 
@@ -19,10 +20,11 @@ Encode = Callable[[list[str]], list[list[int]]]
 class TextConfig:
     """How a text becomes rows of an embedding table."""
 
-    tokenizer: str = BYTES           # bytes: of UTF-8; or the hub id or local folder of a transformers tokenizer
+    tokenizer: str = BYTES           # bytes (of UTF-8), clip (with start and end), or a transformers tokenizer's hub id or folder
     normaliser: str = "none"         # none: texts as they are; english, basic, letters: Whisper's (docs/evaluation.md)
     vocabulary: int = 257            # rows of the embedding table; at least the greatest id + 1
     pad: int = 256                   # id behind the end of the shorter texts of a batch
+    context: int = 0                 # ids of every text; longer ones are cut, but keep an end; 0: as many as the longest has
 
 
 class TextTokenizer:
@@ -32,17 +34,20 @@ class TextTokenizer:
         self.cfg = cfg
 
     def encode(self, texts: Sequence[str | None]) -> tuple[Tensor, Tensor]:
-        """(ids (B, L) int64, padded with cfg.pad up to the longest; lengths (B,) int64). No text, or an empty one, has length 0.
+        """(ids (B, L) int64, padded with cfg.pad up to the longest, or to cfg.context; lengths (B,) int64).
 
-        No begin, end or other special tokens are added. Raises ConfigError if an id has no row in the table, WeightsMissing if
-        the tokenizer, or the normaliser's list of spellings, cannot be had.
+        No text, or an empty one, has length 0. No special tokens are added but clip's start and end, which no text has too.
+        With a context, a text of clip's is cut so that its end stays, any other so that one padding id stays behind it.
+        Raises ConfigError if an id has no row in the table, WeightsMissing if the tokenizer, or the normaliser's list of
+        spellings, cannot be had.
         """
         given = [self._normalise(text) if text else "" for text in texts]
         known = [text for text in given if text]
         rows = iter(self._encode(known) if known else [])
-        ids = [next(rows) if text else [] for text in given]
+        ids = [self._framed(next(rows) if text else []) for text in given]
         lengths = torch.tensor([len(row) for row in ids], dtype=torch.int64)
-        padded = torch.full((len(ids), max(map(len, ids), default=0)), self.cfg.pad, dtype=torch.int64)     # (B, L)
+        longest = self.cfg.context or max(map(len, ids), default=0)
+        padded = torch.full((len(ids), longest), self.cfg.pad, dtype=torch.int64)     # (B, L)
         for target, row in zip(padded, ids):
             target[: len(row)] = torch.tensor(row, dtype=torch.int64)
         if padded.numel() and int(padded.max()) >= self.cfg.vocabulary:
@@ -50,22 +55,39 @@ class TextTokenizer:
                               f"{self.cfg.vocabulary} rows")
         return padded, lengths
 
+    def _framed(self, ids: list[int]) -> list[int]:
+        """The ids with clip's start and end, cut to the context."""
+        frame = ([START], [END]) if self.cfg.tokenizer == CLIP else ([], [])
+        room = self.cfg.context - max(len(frame[0]) + len(frame[1]), 1) if self.cfg.context else None
+        return frame[0] + ids[:room] + frame[1]
+
     @cached_property
     def _normalise(self) -> Callable[[str], str]:
         return str if self.cfg.normaliser == "none" else build_normaliser(self.cfg.normaliser)      # str: spaces stay too
 
     @cached_property
     def _encode(self) -> Encode:
-        return utf8_bytes if self.cfg.tokenizer == BYTES else transformers_encoder(self.cfg.tokenizer)
+        if self.cfg.tokenizer == BYTES:
+            return utf8_bytes
+        return clip_encoder() if self.cfg.tokenizer == CLIP else transformers_encoder(self.cfg.tokenizer)
 
 
 def build_text_tokenizer(cfg: TextConfig) -> TextTokenizer:
-    """The tokenizer of a config; nothing is loaded yet. Raises ConfigError for an unknown normaliser or an impossible padding."""
+    """The tokenizer of a config; nothing is loaded yet. Raises ConfigError as `check_text`."""
+    check_text(cfg)
+    return TextTokenizer(cfg)
+
+
+def check_text(cfg: TextConfig) -> None:
+    """Raise ConfigError for an unknown normaliser, an impossible padding or context, or too small a vocabulary for clip."""
     if cfg.normaliser not in NORMALISERS:
         raise ConfigError(f"text.normaliser must be one of {', '.join(NORMALISERS)}; not '{cfg.normaliser}'")
     if not 0 <= cfg.pad < cfg.vocabulary:
         raise ConfigError(f"text.pad must be a row of the table, 0 to {cfg.vocabulary - 1}; not {cfg.pad}")
-    return TextTokenizer(cfg)
+    if cfg.context and cfg.context < 3:
+        raise ConfigError(f"text.context must be 0 or at least 3 ids, not {cfg.context}")
+    if cfg.tokenizer == CLIP and cfg.vocabulary < VOCABULARY:
+        raise ConfigError(f"text.vocabulary must be {VOCABULARY} rows for the tokenizer {CLIP}, not {cfg.vocabulary}")
 
 
 def utf8_bytes(texts: list[str]) -> list[list[int]]:

@@ -1,7 +1,8 @@
 """Vision transformers of DINOv3's shape (Siméoni et al. 2025): pre-norm blocks with rotary positions by halves, a class token."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,13 @@ def ffn_hidden(cfg: BlocksConfig) -> int:
     """Hidden channels: mlp_ratio · width; of a swiglu two thirds of that, rounded up to a multiple of 8."""
     hidden = int(cfg.width * cfg.mlp_ratio)
     return hidden if cfg.ffn == "mlp" else -(-int(hidden * 2 / 3) // 8) * 8
+
+
+class TokenFeatures(NamedTuple):
+    """What a transformer says of images, normed."""
+
+    class_token: Tensor       # (B, width)
+    patch_tokens: Tensor      # (B, N, width), row by row
 
 
 class RotaryAttention(nn.Module):
@@ -147,7 +155,7 @@ class RotaryBlocks(BlockStack):
         """
         wanted = frozenset({self.depth - 1}) if only is None else only
         rope, found = self.table(*grid, x.device), []
-        x = x.to(self.norm.weight.dtype)      # under autocast the sum of the branches stays float32
+        x = x.to(next(self.norm.parameters()).dtype)      # under autocast the sum of the branches stays float32
         for number, block in enumerate(self.blocks[: max(wanted) + 1]):
             given: Any = (rope, None if kept is None else kept[number])
             x = self.run(block, x, *given)
@@ -179,20 +187,23 @@ class RotaryViT(RotaryBlocks):
             x = torch.where(mask[..., None], self.mask_token, x)
         return torch.cat([first, x], dim=1)
 
-    def forward(self, pixels: Tensor, mask: Tensor | None = None, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Class tokens (B, width) and patch tokens (B, N, width), normed, from normalised pixels (B, 3, H, W).
+    def forward(self, pixels: Tensor, mask: Tensor | None = None, kept: Tensor | None = None) -> TokenFeatures:
+        """Class and patch tokens of normalised pixels (B, 3, H, W).
 
         mask: see `tokens`; kept: (depth, 2, k) samples that each residual branch runs on; none: all.
         """
-        x = self.norm(self.outputs(self.tokens(pixels, mask), self.grid(pixels), kept)[0])
-        return x[:, 0], x[:, 1:]
+        return self.features(self.outputs(self.tokens(pixels, mask), self.grid(pixels), kept)[0])
 
-    def intermediate(self, pixels: Tensor, blocks: list[int]) -> list[tuple[Tensor, Tensor]]:
+    def intermediate(self, pixels: Tensor, blocks: Sequence[int]) -> list[TokenFeatures]:
         """As `forward`, after each of these blocks (from 0; negative: from the end), in the order asked for."""
         places = [number % self.depth for number in blocks]
         found = dict(zip(sorted(set(places)), self.outputs(self.tokens(pixels), self.grid(pixels), only=frozenset(places))))
-        normed = {place: self.norm(x) for place, x in found.items()}
-        return [(normed[place][:, 0], normed[place][:, 1:]) for place in places]
+        return [self.features(found[place]) for place in places]
+
+    def features(self, x: Tensor) -> TokenFeatures:
+        """The final norm of what a block gives, (B, 1 + N, width)."""
+        x = self.norm(x)
+        return TokenFeatures(x[:, 0], x[:, 1:])
 
     def grid(self, pixels: Tensor) -> tuple[int, int]:
         """(rows, columns) of the images' tokens."""
