@@ -313,6 +313,17 @@ def test_upsampling_keeps_a_flat_map_flat():
     torch.testing.assert_close(up(torch.ones(1, 8, 3, 3)), shuffled)
 
 
+def test_half_of_the_decoder_trains_alone():
+    """Group norms with weights that train on maps that do not, channels last in memory, crash in torch's CPU kernel."""
+    tokenizer = small().train().requires_grad_(False)
+    parts = [tokenizer.get_submodule(f"decoder.synthesis.{p}") for p in ("blocks.3", "blocks.4", "branches.3")]
+    for part in parts:
+        part.requires_grad_(True)
+    tokenizer.images(torch.randn(2, 8, 8, 8))[0].square().mean().backward()
+    assert parts[1].upsample_sum.norm.weight.grad.any() and parts[2].norm.weight.grad.any()
+    assert tokenizer.encoder.fuse.blocks[0].proj.weight.grad is None
+
+
 def test_the_mapping_network_starts_at_unit_scale_and_follows_its_codes():
     torch.manual_seed(0)
     linear = EqualisedLinear(400, 300, rate=0.01)

@@ -14,12 +14,22 @@ AVERAGE_DECAY = 0.995      # of the mapping network's moving average
 ATTENTION_HEADS = 8
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's; but where its input needs no gradient and its weights do, channels come before positions in memory: torch's CPU
+    kernel (2.11) otherwise ends the process in the backward pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: (B, channels, ...)."""
+        frozen_below = self.weight.requires_grad and not input.requires_grad and torch.is_grad_enabled()
+        return super().forward(input.contiguous() if frozen_below else input)
+
+
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     """GroupNorm of so many groups, at least one. Raises ValueError if they do not divide the channels."""
     groups = max(1, groups)
     if channels % groups:
         raise ValueError(f"{channels} channels cannot be normalised in {groups} groups")
-    return nn.GroupNorm(groups, channels)
+    return GroupNorm(groups, channels)
 
 
 class EqualisedLinear(nn.Module):
