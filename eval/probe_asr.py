@@ -40,7 +40,7 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 class ProbeSettings:
     """The recognizer and its training."""
 
-    width: int = 256                # channels of a frame, and of each direction of the LSTM
+    width: int = 128                # channels of a frame, and of each direction of the LSTM
     layers: int = 2                 # of the LSTM, as published
     frame_rate: float = 50.0        # frames are repeated a whole number of times to at least so many a second, as published
     dropout: float = 0.3            # of frames' vectors and between layers

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", action="store_true", help="also probe the same network with random weights")
     parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training clips; default: 60")
     parser.add_argument("--minutes", type=float, metavar="M", help="end each training after M minutes, whatever the epoch")
-    parser.add_argument("--width", type=int, metavar="D", help="channels of the probe; default: 256")
+    parser.add_argument("--width", type=int, metavar="D", help="channels of the probe; default: 128")
     parser.add_argument("--normaliser", choices=["basic", "english", "none"], help="of the transcripts; default: basic")
     parser.add_argument("--seed", type=int, metavar="S", help="of the probe, and of the random weights; default: 0")
     parser.add_argument("--out", metavar="JSON", help="write the result to this file")
