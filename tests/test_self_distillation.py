@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from tokenizers_lab.losses.self_distillation import centred, cross_entropy, dino_loss, ibot_loss, koleo_loss, moved_centre, sinkhorn
+from tokenizers_lab.losses.self_distillation import (
+    centred,
+    cross_entropy,
+    dino_loss,
+    ibot_loss,
+    koleo_loss,
+    moved_centre,
+    sinkhorn,
+)
 
 TEACHER = torch.tensor([[.1, .2, -.1, 0], [0, -.2, .3, .1], [.2, 0, .1, -.3], [-.1, .1, 0, .2]])
 GLOBAL = torch.tensor([[0, .1, 0, -.1], [.1, 0, .2, 0], [.3, .1, -.1, 0], [0, 0, .1, .1]])

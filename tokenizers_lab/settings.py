@@ -8,12 +8,15 @@ from omegaconf import MISSING
 
 @dataclass
 class ImageDataConfig:
-    """Images for training and validation. A source is `sample:photos`, a folder, or webdataset shards:
-    a .tar path, a glob, a brace range (shard-{000..099}.tar) or a URL that fsspec reads."""
+    """Images for training and validation. A source is `sample:photos`, a folder, a manifest (.jsonl, .csv, .tsv: file, text,
+    label), or webdataset shards: a .tar path, a glob, a brace range (shard-{000..099}.tar) or a URL that fsspec reads."""
 
     train: str = MISSING             # source of the training images
     val: str | None = None           # source of the held-out images; none: no validation
     size: int = 256                  # pixels a side of the square crop
+    train_size: int | None = None    # training: pixels a side, where the objective cuts crops of its own; none: size
+    texts: bool = False              # give captions too, from manifests or the .txt or .json files of shards; images without
+                                     # one are left out
     crop: str = "center"             # center: ADM's centre crop; random: a random square of crop_min to crop_max pixels
     crop_min: int = 0                # random crop: smallest side in pixels of the source image; 0: size
     crop_max: int = 0                # random crop: largest side in pixels; 0: the image's short side

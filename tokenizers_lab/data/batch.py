@@ -8,12 +8,13 @@ from torch import Tensor
 
 @dataclass
 class ImageBatch:
-    """Images as float32 (B, 3, H, W) in [0, 1], with the names of their sources and, where known, class labels."""
+    """Images as float32 (B, 3, H, W) in [0, 1], with the names of their sources and, where known, class labels and captions."""
 
     images: Tensor
     keys: list[str]
     labels: Tensor | None = None      # (B,) int64
     converted: dict[str, str] = field(default_factory=dict)   # validation: key -> what an image was stored as, if not 8-bit RGB
+    texts: list[str] | None = None    # captions, with data.texts
 
     def __len__(self) -> int:
         return len(self.images)

@@ -76,7 +76,7 @@ def tuxpaint_descriptions(root: Path) -> Found:
             continue
         picture, language = found[1], found[2] or "en"
         key = path.relative_to(stamps).with_suffix("").as_posix()
-        text = _stamp_text(path.parent / f"{picture}.txt", found[2])
+        text = stamp_text(path.parent / f"{picture}.txt", found[2])
         if text:
             yield Clip(key, path, text, f"tuxpaint_{language}", language)
         else:
@@ -178,8 +178,9 @@ def _prompt_texts(folder: Path, language: str) -> dict[str, str]:
     return texts
 
 
-def _stamp_text(path: Path, language: str | None) -> str | None:
-    """The text of a picture: its first line is English, then come LANG.utf8=text; a dialect falls back on its language."""
+def stamp_text(path: Path, language: str | None = None) -> str | None:
+    """The text of a picture of Tux Paint: its first line is English, then come LANG.utf8=text; a dialect falls back on its
+    language."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

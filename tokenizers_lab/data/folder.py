@@ -45,6 +45,7 @@ class ImageFolder:
     names: Names                  # relative paths
     labels: np.ndarray | None     # (N,) int64, or none if an image lies beside the class folders
     classes: list[str]            # top-level folders in natural order; a label is an index into it
+    texts: Names | None = None    # captions, where a manifest tells them
 
     def __len__(self) -> int:
         return len(self.names)
@@ -54,10 +55,11 @@ class ImageFolder:
         return None if self.labels is None else int(self.labels[index])
 
     def raw(self, index: int) -> Raw:
-        """The image of that number, with its class."""
+        """The image of that number, with its class and its caption."""
         key = self.names[index]
         path = self.root / key
-        return Raw(key, str(path), path, {"label": self.label(index)})
+        text = None if self.texts is None else self.texts[index]
+        return Raw(key, str(path), path, {"label": self.label(index), "text": text or None})
 
 
 _listed: dict[tuple[str, Path], tuple[dict[str, int], Any]] = {}

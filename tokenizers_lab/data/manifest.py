@@ -1,5 +1,6 @@
-"""Manifests: files that list clips with their text, speaker, language and duration. JSON lines, CSV and TSV, with a header line.
+"""Manifests: files that list clips with their text, speaker, language and duration, or images with text and label.
 
+JSON lines, CSV and TSV, these two with a header line.
 Paths are relative to the manifest. Column names of the usual collections are understood (`ALIASES`); others are ignored.
 """
 
@@ -21,23 +22,25 @@ from tokenizers_lab.errors import DataError
 
 MANIFESTS = (".jsonl", ".csv", ".tsv")
 ALIASES = {
-    "file": ("file", "path", "audio", "audio_filepath", "audio_file", "wav", "filename", "file_name"),
-    "text": ("text", "transcript", "transcription", "sentence"),
+    "file": ("file", "path", "audio", "audio_filepath", "audio_file", "wav", "filename", "file_name", "image"),
+    "text": ("text", "transcript", "transcription", "sentence", "caption"),
     "speaker": ("speaker", "speaker_id", "client_id"),
     "language": ("language", "lang", "locale"),
     "duration": ("duration", "seconds"),
+    "label": ("label", "class", "category"),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One clip of a manifest."""
+    """One clip or image of a manifest."""
 
     file: str                        # relative to the manifest
     text: str | None = None
     speaker: str | None = None
     language: str | None = None
     duration: float | None = None    # seconds
+    label: str | None = None         # class, of an image
 
 
 @dataclass
@@ -63,7 +66,7 @@ class ClipListing:
 
 
 def read_manifest(path: Path) -> Iterator[Row]:
-    """The clips that a manifest lists. Raises DataError with the number of the line that is wrong."""
+    """The clips or images that a manifest lists. Raises DataError with the number of the line that is wrong."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.suffix.lower() == ".jsonl":
@@ -82,7 +85,7 @@ def read_manifest(path: Path) -> Iterator[Row]:
 
 
 def to_row(values: dict[str, Any], where: str) -> Row:
-    """One clip from the columns of a manifest, whatever they are called. Raises DataError that begins with `where`."""
+    """One clip or image from the columns of a manifest, whatever they are called. Raises DataError that begins with `where`."""
     found: dict[str, Any] = {}
     for name, aliases in ALIASES.items():
         value = next((values[alias] for alias in aliases if values.get(alias) not in (None, "")), None)
@@ -103,6 +106,11 @@ def write_manifest(path: Path, rows: Sequence[Row]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
+def find_manifest(folder: Path) -> Path | None:
+    """The folder's manifest.jsonl, .csv or .tsv, where it has one."""
+    return next((path for ending in MANIFESTS if (path := folder / f"manifest{ending}").is_file()), None)
+
+
 def open_clips(root: str | Path, shortest: float = 0.0, longest: float = math.inf, timed: bool = False) -> ClipListing:
     """The clips of a manifest, or of a folder: as its manifest.jsonl (.csv, .tsv) says, or else every sound file under it.
 
@@ -112,7 +120,7 @@ def open_clips(root: str | Path, shortest: float = 0.0, longest: float = math.in
     """
     root = Path(root).expanduser().absolute()
     if root.is_dir():
-        listed = next((root / f"manifest{ending}" for ending in MANIFESTS if (root / f"manifest{ending}").is_file()), None)
+        listed = find_manifest(root)
         if listed is None:
             return remembered(f"clips {shortest} {longest} {timed}", root, lambda folder, names: _choose(
                 folder, [Row(name) for name in names], shortest, longest, timed), EXTENSIONS, "sound files")

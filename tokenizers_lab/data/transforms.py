@@ -1,5 +1,7 @@
 """From an image of any size to a square: the centre crop of ADM, the random crop of training, the mirror."""
 
+from dataclasses import replace
+
 from PIL import Image
 
 from tokenizers_lab.data.decode import MAX_PIXELS, to_rgb, upright_size
@@ -32,12 +34,13 @@ def validation_view(image: Image.Image, cfg: ImageDataConfig, name: str) -> Imag
 
 
 def training_view(image: Image.Image, cfg: ImageDataConfig, numbers: Numbers, name: str) -> Image.Image:
-    """Decode, crop as cfg.crop says, and mirror an opened image (`open_image`); an RGB image of cfg.size pixels a side.
+    """Decode, crop as cfg.crop says, and mirror an opened image (`open_image`); an RGB image of train_size pixels a side.
 
     numbers: four uniform in [0, 1), for the crop's side, left and top, and for the mirror (`sampling.view_numbers`).
     Raises DataError if the image is damaged.
     """
     side, left, top, mirror = numbers
+    cfg = cfg if cfg.train_size is None else replace(cfg, size=cfg.train_size)
     if cfg.crop == "random":
         view = _random_square(image, cfg, (side, left, top), name)
     else:
@@ -49,9 +52,10 @@ def check_crop(cfg: ImageDataConfig) -> None:
     """Raises ConfigError if the crop's options contradict each other."""
     if cfg.crop not in ("center", "random"):
         raise ConfigError(f"data.crop is '{cfg.crop}'; it can be center or random")
-    if cfg.size < 1 or cfg.crop_min < 0 or cfg.crop_max < 0:
-        raise ConfigError("data.size must be positive, data.crop_min and data.crop_max at least 0")
-    low = cfg.crop_min or cfg.size
+    size = cfg.size if cfg.train_size is None else cfg.train_size
+    if min(cfg.size, size) < 1 or cfg.crop_min < 0 or cfg.crop_max < 0:
+        raise ConfigError("data.size and data.train_size must be positive, data.crop_min and data.crop_max at least 0")
+    low = cfg.crop_min or size
     if cfg.crop == "random" and cfg.crop_max and low > cfg.crop_max:
         raise ConfigError(f"data.crop_max ({cfg.crop_max}) is smaller than the smallest crop ({low}); raise it or lower crop_min")
 
