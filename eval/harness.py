@@ -15,11 +15,12 @@ from tokenizers_lab.errors import InputError, WeightsMissing
 from tokenizers_lab.settings import ImageDataConfig
 from tokenizers_lab.tokenizer import ImageTokenizer
 
-from . import feature_metrics, image_metrics
+from . import alignment, feature_metrics, image_metrics
 from .candidates import Candidate, check_sampling
 from .feature_metrics import NEED_IMAGES, Reference
 from .features import FeatureExtractor, build_extractor
 from .gather import in_step, on_first, processes
+from .image_features import load_teacher
 from .images import data_protocol, evaluate_images
 from .rfid import collect_features, evaluate_rfid, reference_statistics
 from .skips import Skips
@@ -39,18 +40,21 @@ class Plan:
     pairs: tuple[str, ...]         # an image and its reconstruction
     features: tuple[str, ...]      # features of sets of images
     latents: bool
+    alignment: tuple[str, ...] = ()     # latents and a teacher's features
 
 
 def plan_metrics(names: Sequence[str], reference: bool = False) -> Plan:
     """Sort metric names. Raises InputError for an unknown one, for `fid` without a reference and `rfid` with one."""
-    pairs, features = [], []
+    pairs, features, aligned = [], [], []
     for name in names:
         if name in feature_metrics.METRICS:
             features.append(name)
+        elif name in alignment.METRICS:
+            aligned.append(name)
         elif name in image_metrics.METRICS or name in image_metrics.ALIASES:
             pairs.append(name)
         elif name != LATENTS:
-            known = [*image_metrics.METRICS, *image_metrics.ALIASES, *feature_metrics.METRICS, LATENTS]
+            known = [*image_metrics.METRICS, *image_metrics.ALIASES, *feature_metrics.METRICS, *alignment.METRICS, LATENTS]
             raise InputError(f"there is no metric '{name}'; known: {', '.join(known)}")
     if reference and AGAINST_ORIGINALS in features:
         raise InputError("rfid compares reconstructions with their originals: against another reference it is fid")
@@ -58,7 +62,8 @@ def plan_metrics(names: Sequence[str], reference: bool = False) -> Plan:
         raise InputError("fid needs a reference (--reference): against the originals themselves it is rfid")
     if reference and not any(name != "is" for name in features):      # the score has no reference
         raise InputError("a reference is for fid, sfid, kid, precision and recall: none of them was asked for")
-    return Plan(tuple(image_metrics.expand_names(pairs)), tuple(dict.fromkeys(features)), LATENTS in names)
+    return Plan(tuple(image_metrics.expand_names(pairs)), tuple(dict.fromkeys(features)), LATENTS in names,
+                tuple(dict.fromkeys(aligned)))
 
 
 def load_extractor(features: str, device: torch.device | str = "cpu") -> FeatureExtractor:
@@ -118,6 +123,7 @@ def evaluate(
     *,
     features: str = "inception",
     reference: str | None = None,
+    teacher: str | None = None,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
     allow_missing: bool = False,
@@ -128,7 +134,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """The result of `evaluate_rfid`, or of `evaluate_images` where no metric needs features, with `latents` if asked for.
 
-    metrics: names of single images, of sets of images, and `latents`. features: inception, random, teacher, or a file.
+    metrics: names of single images, of sets of images, of latents beside a teacher (`alignment.METRICS`), and `latents`.
+    features: inception, random, teacher, or a file. teacher: of cknna and se_cknna (`image_features.parse_teacher`).
     reference: of fid, sfid, kid, precision and recall instead of the originals (`load_reference`).
     Under torch.distributed each process reads its own share of the data, every image once, and gets the whole result.
     allow_skips: so many images may be unreadable; they are left out and listed in `skipped`.
@@ -152,6 +159,11 @@ def evaluate(
             why = str(error)
     if extractor is not None:
         feature_metrics.check_metrics(plan.features, extractor)
+    named, network, why_none = teacher or alignment.DEFAULT_TEACHER, None, ""
+    if plan.alignment:
+        if isinstance(model, Candidate):
+            raise InputError("cknna and se_cknna compare latents: a folder of reconstructions has none")
+        network, why_none = _load_teacher(named, device, allow_missing)
     skips = Skips(allow_skips)
     mine: Batches = validation_batches(data, batch_size, *processes(), on_bad=skips)
     mine = mine if progress is None else progress(mine, "evaluating")
@@ -160,14 +172,32 @@ def evaluate(
     if extractor is None:
         result = evaluate_images(model, mine, plan.pairs, **options)
         for row in result["rows"]:
-            row["metrics"] |= {name: _absent(name, why) for name in plan.features}
-        skips.check(result["skipped"])      # of all processes
-        return {**result, **_compare_steps(model, data, batch_size, plan, compared, result, options)}
-    found = None if reference is None else load_reference(reference, extractor, plan.features, data, batch_size, progress)
-    result = evaluate_rfid(model, mine, extractor, plan.features, image_metrics=plan.pairs, reference=found, **options)
-    skips.check(result["skipped"])
-    result["warnings"] = reference_warnings(found, result["protocol"])
+            row["metrics"] |= {name: _absent(feature_metrics.METRICS[name][0], why) for name in plan.features}
+    else:
+        found = None if reference is None else load_reference(reference, extractor, plan.features, data, batch_size, progress)
+        result = evaluate_rfid(model, mine, extractor, plan.features, image_metrics=plan.pairs, reference=found, **options)
+        result["warnings"] = reference_warnings(found, result["protocol"])
+    skips.check(result["skipped"])      # of all processes
+    if network is not None and isinstance(model, ImageTokenizer):
+        def again() -> Batches:
+            share = validation_batches(data, batch_size, *processes(), on_bad=lambda bad: None)      # counted the first time
+            return share if progress is None else progress(share, "comparing with the teacher")
+
+        given = {name: options[name] for name in ("sample", "seed", "forward_batch", "together") if name in options}
+        alignment.add_alignment(model, network, named, again, result, plan.alignment, **given)
+    for row in result["rows"] if why_none else ():
+        row["metrics"] |= {name: _absent(alignment.METRICS[name], why_none) for name in plan.alignment}
     return {**result, **_compare_steps(model, data, batch_size, plan, compared, result, options)}
+
+
+def _load_teacher(name: str, device: torch.device | str, allow_missing: bool) -> tuple[Any, str]:
+    """(The teacher of cknna, ""), or, if it may be missing and is, (none, why)."""
+    try:
+        return in_step(lambda: load_teacher(name, device)), ""
+    except WeightsMissing as error:
+        if not allow_missing:
+            raise
+        return None, str(error)
 
 
 def _compare_steps(
@@ -182,8 +212,8 @@ def _compare_steps(
     return {"steps": sweep_images(model, batches, result, plan.pairs or ("psnr",), counts, **given)}
 
 
-def _absent(name: str, why: str) -> dict[str, Any]:
-    return {"title": feature_metrics.METRICS[name][0], "value": None, "missing": why}
+def _absent(title: str, why: str) -> dict[str, Any]:
+    return {"title": title, "value": None, "missing": why}
 
 
 def reference_warnings(reference: Reference | None, protocol: dict[str, Any]) -> list[str]:

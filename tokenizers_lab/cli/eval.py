@@ -31,6 +31,7 @@ MODEL is besides those of ours a peer or finished reconstructions:
 
 Metrics of an image and its reconstruction: psnr, ssim, ms_ssim, lpips (both backbones), lpips_alex, lpips_vgg.
 Of sets of images, by --features: rfid (against the originals), fid (against --reference), sfid, kid, is, precision, recall.
+Of the latents beside --teacher: cknna (do the two agree about neighbours?), se_cknna (also of noisy, turned, scaled images).
 Of the latents: latents (statistics of each channel, active units, size in floats or bits).
 Of a clip and its reconstruction: mel, stft, sisdr, pesq (pesq_wb and pesq_nb), stoi, estoi, visqol, sim (speaker similarity);
 of a reconstruction: wer and cer (by --asr, against the clip's text), utmos, dnsmos, distillmos, beside those of the originals.
@@ -40,7 +41,7 @@ Values do not depend on --batch-size, on threads or on the number of processes. 
 torchrun --nproc_per_node 8 -m tokenizers_lab eval MODEL DATA …, or accelerate launch -m tokenizers_lab eval MODEL DATA …"""
 example = "toklab eval runs/rectok-tiny sample:photos --size 64 --out results.json"
 IMAGE_METRICS = "psnr,ssim,lpips"
-IMAGE_OPTIONS = ("features", "reference", "size", "sample", "no_uint8", "forward_batch", "pictures")
+IMAGE_OPTIONS = ("features", "reference", "teacher", "size", "sample", "no_uint8", "forward_batch", "pictures")
 DECODERS = 4         # processes that decode files, where there are enough to be worth starting them
 PICTURES = 8         # images in the grid
 USER_ERROR = 2
@@ -69,6 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--reference", metavar="REF",
                        help="compare features with this instead of the originals: a .npz of statistics (ADM's or ours), or a "
                        "folder of images")
+    group.add_argument("--teacher", metavar="NET",
+                       help="of cknna and se_cknna: efficientnet-lite0, timm:NAME, transformers:ID or FOLDER; default: "
+                       "transformers:facebook/dinov2-giant")
     group.add_argument("--size", type=int, metavar="N",
                        help="centre crop, scaled to N × N pixels; default: the training size, or that of the reconstructions")
     group.add_argument("--sample", action="store_true", help="draw latents from the posterior instead of taking its mode")
@@ -146,12 +150,15 @@ def measure_images(
     args: argparse.Namespace, tokenizer: Any, names: list[str], workers: int, device: str, progress: Progress
 ) -> tuple[dict[str, Any], "ImageTokenizer | Candidate", Any]:
     """The result, the model and the data config. tokenizer: none for a folder of reconstructions."""
+    from tokenizers_lab.errors import InputError
     from tokenizers_lab.eval.candidates import check_sampling
     from tokenizers_lab.eval.gather import in_step
     from tokenizers_lab.eval.harness import evaluate, plan_metrics
     from tokenizers_lab.eval.reconstructions import folder_candidate, reconstruction_size
 
-    plan_metrics(names, args.reference is not None)      # before anything slow
+    plan = plan_metrics(names, args.reference is not None)      # before anything slow
+    if args.teacher is not None and not plan.alignment:
+        raise InputError("--teacher is for cknna and se_cknna: neither was asked for (--metrics)")
     forward_batch = 1 if args.forward_batch is None else args.forward_batch
     check_sampling(args.sample, forward_batch)
     model: ImageTokenizer | Candidate
@@ -164,8 +171,9 @@ def measure_images(
         data = data_config(args.data, size, args.limit, workers)
         model = tokenizer
     result = evaluate(
-        model, data, names, features=args.features or "inception", reference=args.reference, batch_size=args.batch_size or 16,
-        device=device, allow_missing=args.allow_missing, allow_skips=args.allow_skips, label=args.model,
+        model, data, names, features=args.features or "inception", reference=args.reference, teacher=args.teacher,
+        batch_size=args.batch_size or 16, device=device, allow_missing=args.allow_missing, allow_skips=args.allow_skips,
+        label=args.model,
         progress=lambda batches, what: progress(batches, None if what == "reference" else data),
         baselines=not args.no_baselines, forward_batch=forward_batch, round_uint8=not args.no_uint8, sample=args.sample,
         steps=parse_steps(args.steps))
