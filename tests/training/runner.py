@@ -33,7 +33,25 @@ LM_SPT = [
     "feature_matching: 2, distill: 500, acoustic_codebook: 1, semantic_codebook: 1}, starts: {gan: 5, feature_matching: 5}}, "
     "{name: b, steps: 4, lr: 1e-3, parts: [decoder], fresh: [discriminators], weights: {mel: 15, gan: 1}}]",
 ]
-OPTIONS = {"rectok": SHORT, "dm_codec": DM_CODEC, "lm_spt": LM_SPT}
+UNIFLOW = [      # the teacher is copied when stage b begins
+    "name=short", "train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.validate_every=4",
+    "data.val_limit=3", "data.size=32", "model.image_size=32", "model.encoder.width=32", "model.encoder.heads=4",
+    "model.encoder.hidden=48", "model.encoder.depth=2", "model.width=32", "model.global_heads=4", "model.global_blocks=1",
+    "model.flow_blocks=1", "model.latent_channels=4", "model.encoder.drop_path=0.5",
+    "stages=[{name: a, steps: 5, lr: 1e-3, weights: {flow: 1, semantic: 1}}, "
+    "{name: b, steps: 7, lr: 1e-3, weights: {flow: 1, distill: 1}}]",
+]
+TADICODEC = [      # whole clips in batches of similar length; the vocoder against its discriminators in stage b
+    *(o for o in SPEECH if "segment" not in o), "data.batch_frames=250", "model.width=16", "model.heads=2",
+    "model.encoder_layers=1", "model.decoder_layers=1", "model.bits=6", "model.vocoder.kind=vocos", "model.vocoder.width=8",
+    "model.vocoder.hidden=16", "model.vocoder.layers=1", "objective.vocoder.enabled=true", "objective.vocoder.periods=[2]",
+    "objective.vocoder.period_channels=[2, 2, 2, 2, 2]", "objective.vocoder.spectral_ffts=[128]",
+    "objective.vocoder.spectral_channels=[2, 2, 2, 2, 2]",
+    "stages=[{name: a, steps: 5, lr: 1e-3, parts: [encoder, to_code, from_code, text_embedding, decoder], weights: {flow: 1, "
+    "entropy: 1}}, {name: b, steps: 7, lr: 1e-3, parts: [vocoder], weights: {mel: 10, gan: 2, feature_matching: 2, "
+    "spectral_feature_matching: 1}, starts: {gan: 2, feature_matching: 2, spectral_feature_matching: 2}}]",
+]
+OPTIONS = {"rectok": SHORT, "dm_codec": DM_CODEC, "lm_spt": LM_SPT, "uniflow": UNIFLOW, "tadicodec": TADICODEC}
 
 
 class Runner:

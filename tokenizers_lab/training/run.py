@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -344,7 +345,7 @@ def write_checkpoint(run: Path, cfg: RunConfig, state: State, nets: Networks, op
         write_tokenizer_files(folder, cfg.system, cfg.model, nets.ema.state_dict(), nets.tokenizer.provenance)
         for name, tensors in (("raw", nets.tokenizer.state_dict()), ("objective", nets.trained_state())):
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "training" / f"{name}.safetensors")
-        torch.save({k: o.state_dict() for k, o in optimizers.items()}, folder / "training" / "optimizers.pt")
+        torch.save(interned({k: o.state_dict() for k, o in optimizers.items()}), folder / "training" / "optimizers.pt")
         (folder / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
 
     def own(folder: Path) -> None:
@@ -353,6 +354,14 @@ def write_checkpoint(run: Path, cfg: RunConfig, state: State, nets: Networks, op
                    folder / "training" / f"rank_{accelerator.process_index}.pt")
 
     save_checkpoint(run, state.step, shared, own, accelerator.process_index, agree)
+
+
+def interned(value: Any) -> Any:
+    """The same dicts and lists with one object for equal keys: pickle writes a string that it has seen as a reference, so that
+    the bytes of equal states would depend on which of them were once loaded."""
+    if isinstance(value, dict):
+        return {sys.intern(k) if isinstance(k, str) else k: interned(v) for k, v in value.items()}
+    return [interned(v) for v in value] if isinstance(value, list) else value
 
 
 def read_checkpoint(folder: Path, nets: Networks, accelerator: Accelerator) -> tuple[State, dict[str, Any], Any]:
