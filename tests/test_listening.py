@@ -133,6 +133,25 @@ def test_trained_and_lora_say_what_trains(gpt2, tmp_path):
         listener_of(gpt2(tmp_path / "c"), "lora", lora_targets=["nothing"])
 
 
+def test_a_model_with_its_tokenizer_comes_from_one_folder(gpt2, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "say": 1, "yes": 2, "no": 3}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(tmp_path)
+    gpt2(tmp_path)
+    torch.manual_seed(0)
+    listener = build_listener(ListenerConfig(source=str(tmp_path), prompt="say", adapter_width=8, normaliser="basic"), CHANNELS)
+    assert (listener.prompt, listener.end, listener.provenance) == ([1], 299, f"{tmp_path} (transformers), frozen")
+    heard = listener(features(1), torch.tensor([7]), ["Yes, no!"])
+    prefix, _ = listener.adapter(features(1), torch.tensor([7]))
+    inputs = torch.cat([prefix[0], listener.network.get_input_embeddings()(torch.tensor([1, 2, 3]))])
+    logits = listener.network(inputs_embeds=inputs[None]).logits[0, 7:]
+    assert heard.tokens.tolist() == [3]
+    assert heard.loss.item() == pytest.approx(nn.functional.cross_entropy(logits, torch.tensor([2, 3, 299])).item(), rel=1e-5)
+
+
 def test_lora_without_peft_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"pip install 'tokenizers-lab\[lora\]'"):
