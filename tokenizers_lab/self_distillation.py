@@ -6,6 +6,7 @@ Crops are crop-major: all first crops of the batch's images, then all second one
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from tokenizers_lab.draw import Draw
 # tokens(pixels (B, 3, H, W), mask (B, N) bool or none, kept (depth, 2, k) or none) → class tokens (B, D), patch tokens (B, N, D)
 Tokens = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 Head = Callable[[Tensor], Tensor]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass
@@ -77,7 +79,7 @@ def student_logits(
     return StudentLogits(logits[0], local, logits[1], classes)
 
 
-def frozen_copy(module: nn.Module) -> nn.Module:
+def frozen_copy(module: Module) -> Module:
     """A teacher that starts as its student: a copy in eval mode without gradients."""
     return copy.deepcopy(module).requires_grad_(False).eval()
 
