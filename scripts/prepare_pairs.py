@@ -38,8 +38,8 @@ if args.out.exists() and any(args.out.iterdir()):
 
 def on_white(path: Path) -> Image.Image:
     """A picture on white, square, so that a centre crop shows all of it; never scaled up."""
-    with Image.open(path) as image:
-        image = image.convert("RGBA")
+    with Image.open(path) as stored:
+        image = stored.convert("RGBA")
     scale = min(1.0, args.side / max(image.size))
     if scale < 1:
         image = image.convert("RGBa")      # premultiplied: the colour of transparent pixels must not bleed in

@@ -55,7 +55,7 @@ def test_batches_carry_the_captions_of_their_images(listed):
 
 def test_captions_that_nobody_tells_are_an_error(tmp_path):
     write_folder(tmp_path / "plain", 2)
-    with pytest.raises(DataError, match="needs a manifest.jsonl"):
+    with pytest.raises(DataError, match="needs a manifest"):
         build_loader(data_config(tmp_path / "plain", texts=True), 2, seed=0)
     write_manifest(tmp_path / "plain" / "manifest.jsonl", [Row("0.jpg")])
     with pytest.raises(DataError, match="lists no image with a caption"):

@@ -93,7 +93,7 @@ def split_pairs(pairs: list[Pair], share: float) -> dict[str, list[Pair]]:
     held: set[tuple[str, str]] = set()
     for label in sorted({pair.label for pair in pairs}):
         captions = list({pair.text for pair in pairs if pair.label == label})
-        captions.sort(key=lambda text: stable_seed("held out", label, text))      # noqa: B023 used at once
+        captions.sort(key=lambda text: stable_seed("held out", label, text))
         number = min(max(1, math.floor(share * len(captions) + 0.5)), len(captions) - 1) if share else 0
         held |= {(label, text) for text in captions[:number]}
     parts: dict[str, list[Pair]] = {"train": [], "val": []}

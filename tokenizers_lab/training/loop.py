@@ -151,6 +151,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
 
                 # --- one step ---------------------------------------------------------------------------------------
                 done, length = (state.step - start) * unit, steps * unit
+                nets.objective.progress = (state.step - start) / steps
                 lr = learning_rate(stage, stage.lr, done, length)
                 set_learning_rate(optimizers["generator"], lr)
                 active = run_parts.active_terms(stage, done)
@@ -190,6 +191,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                     if rival is not None:
                         rival.update()
                     update_ema(nets.ema, nets.tokenizer, cfg.train.ema)
+                    nets.objective.after_step(nets.tokenizer)
                 else:
                     state.strikes += 1
                     for buffer, old in zip(nets.buffers(), before):

@@ -34,6 +34,7 @@ class Objective(nn.Module):
     `cfg` is the system's objective config; a stage may change its values between stages.
     `discriminators_first`: in each step the discriminators are updated before the generator's losses are computed with them,
     as speech codecs are trained; else both are updated together at the end of the step.
+    `progress`: how much of the stage is over, 0 to below 1, set by the loop before each step, for the objective's own schedules.
     """
 
     discriminators_first: ClassVar[bool] = False
@@ -41,6 +42,7 @@ class Objective(nn.Module):
     def __init__(self, cfg: Any):
         super().__init__()
         self.cfg = cfg
+        self.progress = 0.0
         self.cached_from: dict[str, str] = {}      # teachers whose features come with the batch: where they are from
         self.heads = nn.ModuleDict()
         self.discriminators = nn.ModuleDict()
@@ -57,6 +59,9 @@ class Objective(nn.Module):
     def begin_stage(self, tokenizer: nn.Module, stage: Any) -> None:
         """Called before the first step of a stage (`StageConfig`), with the tokenizer's weights as they then are, for what the
         objective copies of them. A run that is resumed in the middle of a stage has the copies from its checkpoint."""
+
+    def after_step(self, tokenizer: nn.Module) -> None:
+        """Called on every process after each update of the tokenizer and the heads, for copies that follow their weights."""
 
     def generator_losses(
         self, tokenizer: nn.Module, batch: Any, draw: Draw, active: frozenset[str], judge: Judge | None = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_lab.errors import ConfigError
+from tokenizers_lab.schedules import half_cosine
 from tokenizers_lab.settings import OptimizerConfig, StageConfig
 
 
@@ -53,7 +54,7 @@ def learning_rate(stage: StageConfig, peak: float, done: float, length: float) -
     if stage.schedule == "inverse_sqrt":
         return peak * math.sqrt(stage.warmup / done)
     share = (done - stage.warmup) / max(length - stage.warmup, 1e-12)
-    return stage.min_lr + (peak - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    return half_cosine(peak, stage.min_lr, share)
 
 
 def discriminator_learning_rate(stage: StageConfig, done: float, length: float) -> float:
