@@ -1,87 +1,81 @@
-"""Losses of self-distillation against numbers of DINOv2's own classes, and over two processes."""
+"""What student and teacher say of crops, the DINO head, and the teacher's step."""
 
 import pytest
 import torch
-from torch import multiprocessing
+from torch import nn
+from torch.nn import functional as F
 
-from tokenizers_lab.losses.self_distillation import (
-    centred,
-    cross_entropy,
-    dino_loss,
-    ibot_loss,
-    koleo_loss,
-    moved_centre,
-    sinkhorn,
-)
-
-TEACHER = torch.tensor([[.1, .2, -.1, 0], [0, -.2, .3, .1], [.2, 0, .1, -.3], [-.1, .1, 0, .2]])
-GLOBAL = torch.tensor([[0, .1, 0, -.1], [.1, 0, .2, 0], [.3, .1, -.1, 0], [0, 0, .1, .1]])
-LOCAL = torch.tensor([[.1, 0, 0, .1], [0, .1, .1, 0], [.2, 0, .1, 0], [0, .2, 0, .1], [.1, .1, 0, 0], [0, 0, .1, .2]])
-EXACT = {"rtol": 0, "atol": 2e-6}
+from tokenizers_lab.nn.dino_head import DINOHead
+from tokenizers_lab.nn.dinov3_vit import BlocksConfig, RotaryViT
+from tokenizers_lab.self_distillation import frozen_copy, masked_patches, student_logits, teacher_logits, update_teacher
 
 
-def test_sinkhorn_targets():
-    q = sinkhorn(TEACHER, 0.07)
-    torch.testing.assert_close(q[0], torch.tensor([.161359, .786425, .004030, .048186]), **EXACT)
-    torch.testing.assert_close(q[3], torch.tensor([.008796, .178887, .015961, .796356]), **EXACT)
-    torch.testing.assert_close(q.sum(1), torch.ones(4))
-    assert sinkhorn(torch.empty(0, 4), 0.07).shape == (0, 4)
-    assert sinkhorn(20 * TEACHER, 0.04).isfinite().all()      # e^150 is no float32
-    torch.testing.assert_close(sinkhorn(TEACHER + 7, 0.07), q)
+@pytest.fixture(scope="module")
+def networks():
+    torch.manual_seed(0)
+    trunk, head = RotaryViT(BlocksConfig(32, 2, 4), 8), DINOHead(32, 11, 16, 5)
+    with torch.no_grad():
+        for parameter in [*trunk.parameters(), *head.parameters()]:
+            parameter += 0.2 * torch.randn_like(parameter)
+    return trunk.eval(), head.eval()
 
 
-def test_class_token_loss():
-    globally, locally = dino_loss(GLOBAL, LOCAL, sinkhorn(TEACHER, 0.07), items=2)
-    assert globally.item() == pytest.approx(0.221160, abs=2e-6)
-    assert locally.item() == pytest.approx(1.057137, abs=2e-6)
-    alone, nothing = dino_loss(GLOBAL, LOCAL[:0], sinkhorn(TEACHER, 0.07), items=2)
-    assert nothing == 0 and alone.item() == pytest.approx(4 * 0.221160, abs=8e-6)
+def test_the_heads_last_map_is_weight_normalised():
+    torch.manual_seed(0)
+    head = DINOHead(7, 5, 9, 4, layers=2)
+    assert [type(m) for m in head.mlp] == [nn.Linear, nn.GELU, nn.Linear]
+    x = torch.randn(3, 7)
+    hidden = F.normalize(head.mlp[2](F.gelu(head.mlp[0](x))), dim=-1)
+    g, v = (head.get_parameter(f"last.parametrizations.weight.original{i}") for i in (0, 1))
+    assert g.tolist() == [[1.0]] * 5
+    torch.testing.assert_close(head(x), hidden @ (v / v.norm(dim=1, keepdim=True)).T)
+    with torch.no_grad():
+        v.mul_(3)                                          # the length of v says nothing, that of g does
+        before = head(x)
+        g.mul_(2)
+    torch.testing.assert_close(before, hidden @ (v / v.norm(dim=1, keepdim=True)).T)
+    torch.testing.assert_close(head(x), 2 * before)
+    with pytest.raises(ValueError, match="at least 1"):
+        DINOHead(7, 5, layers=0)
 
 
-def test_masked_patch_loss():
-    masks = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
-    targets = sinkhorn(torch.tensor([[.2, 0, .1, 0], [0, .3, 0, .1], [.1, 0, 0, .2]]), 0.07)
-    student = torch.tensor([[.1, 0, .2, 0], [0, .2, .1, 0], [0, 0, .1, .3]])
-    assert ibot_loss(student, targets, masks).item() == pytest.approx(0.539522, abs=2e-6)
-    empty = torch.zeros(0, 4, requires_grad=True)
-    loss = ibot_loss(empty, targets[:0], torch.zeros(4, 4).bool())
-    loss.backward()
-    assert loss == 0 and empty.grad is not None
+def test_student_and_teacher_look_at_the_right_things(networks):
+    trunk, head = networks
+    crops, local = torch.randn(4, 3, 32, 24), torch.randn(6, 3, 16, 16)
+    masks = torch.zeros(4, 12, dtype=torch.uint8)
+    masks[0, [1, 5]] = masks[3, 11] = 1
+    masked = masked_patches(masks)
+    assert masked.tolist() == [1, 5, 47]
+    said = student_logits(trunk, head, crops, masks, local)
+    assert (said.classes.shape, said.local_classes.shape, said.patches.shape) == ((4, 11), (6, 11), (3, 11))
+    torch.testing.assert_close(said.classes[3:], head(trunk(crops[3:], masks[3:].bool()).class_token), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(said.local_classes[:1], head(trunk(local[:1]).class_token), atol=1e-5, rtol=1e-5)
+    seen = trunk(crops[3:], masks[3:].bool())
+    torch.testing.assert_close(said.patches[2], head(seen.patch_tokens[0, 11]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(said.class_tokens[3:], seen.class_token, atol=1e-5, rtol=1e-5)
+    taught = teacher_logits(trunk, head, crops, masked)
+    assert not taught.classes.requires_grad and not taught.patches.requires_grad
+    for row, other in enumerate((2, 3, 0, 1)):             # the other crop of the same image, without a mask
+        seen = trunk(crops[other : other + 1])
+        torch.testing.assert_close(taught.classes[row], head(seen.class_token)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(taught.patches[2], head(trunk(crops[3:]).patch_tokens[0, 11]), atol=1e-5, rtol=1e-5)
+    assert student_logits(trunk, head, crops, masks).local_classes.shape == (0, 11)
 
 
-def test_koleo_spreads_the_tokens():
-    x = torch.tensor([[1, 0, .5], [.2, 1, 0], [0, .3, 1], [1, 1, .1]], requires_grad=True)
-    loss = koleo_loss(x)
-    assert loss.item() == pytest.approx(0.302033, abs=2e-6)
-    (gradient,) = torch.autograd.grad(loss, x)
-    assert koleo_loss(x - 0.1 * gradient) < loss
-    assert koleo_loss(torch.ones(2, 3)).isfinite()
-
-
-def test_centring():
-    centre = moved_centre(torch.zeros(4), TEACHER)
-    torch.testing.assert_close(centre, torch.tensor([.005, .0025, .0075, 0]))
-    torch.testing.assert_close(moved_centre(centre, TEACHER[:0]), centre)
-    q = centred(TEACHER, centre, 0.07)
-    torch.testing.assert_close(q, ((TEACHER - centre) / 0.07).softmax(1))
-    torch.testing.assert_close(cross_entropy(TEACHER, q, 0.5), -(q * (TEACHER / 0.5).log_softmax(1)).sum(1))
-
-
-def in_processes(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
-    own = TEACHER[:3] if rank == 0 else TEACHER[3:]      # unequal shares
-    found = {"sinkhorn": sinkhorn(own, 0.07), "centre": moved_centre(torch.ones(4), own)}
-    nothing = sinkhorn(TEACHER if rank else TEACHER[:0], 0.07)
-    torch.save({**found, "nothing": nothing}, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_targets_are_over_the_rows_of_all_processes(tmp_path):
-    multiprocessing.spawn(in_processes, (2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    torch.testing.assert_close(torch.cat([first["sinkhorn"], second["sinkhorn"]]), sinkhorn(TEACHER, 0.07))
-    assert torch.equal(first["centre"], second["centre"]) and len(first["nothing"]) == 0
-    torch.testing.assert_close(first["centre"], moved_centre(torch.ones(4), TEACHER))
-    torch.testing.assert_close(second["nothing"], sinkhorn(TEACHER, 0.07))
+def test_the_teacher_follows_by_name(networks):
+    student = nn.ModuleDict({"head": networks[1], "trunk": networks[0]})
+    teacher = nn.ModuleDict({"trunk": frozen_copy(networks[0]), "head": frozen_copy(networks[1])})      # another order
+    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher["trunk"].training
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter += 1
+    before = {k: p.clone() for k, p in teacher.named_parameters()}
+    update_teacher(teacher, student, 0.75)
+    for name, parameter in student.named_parameters():
+        expected = 0.75 * before[name] + 0.25 * parameter
+        torch.testing.assert_close(teacher.get_parameter(name), expected, atol=1e-6, rtol=1e-6)
+    after = {k: p.clone() for k, p in teacher.named_parameters()}
+    update_teacher(teacher, student, 1.0)
+    assert all(torch.equal(p, after[k]) for k, p in teacher.named_parameters())
+    with pytest.raises(ValueError, match=r"only one of them has head\."):
+        update_teacher(nn.ModuleDict({"trunk": teacher["trunk"]}), student, 0.5)
