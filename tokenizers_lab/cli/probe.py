@@ -8,7 +8,7 @@ help = "train a small network on a frozen model's codes, to see what they say"
 description = """Train a small network on what a frozen model makes of DATA, and measure it on held-out data: what it can
 read, the codes or latents say. toklab probe KIND --help explains a kind."""
 example = "toklab probe asr runs/xy_tokenizer-tiny-stage1 --baseline --out probe.json"
-KINDS = ("asr",)      # modules probe_KIND beside this one
+KINDS = ("asr", "linear", "zeroshot")      # modules probe_KIND beside this one
 
 
 def kind_module(name: str) -> ModuleType:

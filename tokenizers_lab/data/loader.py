@@ -142,23 +142,26 @@ def len_batches(cfg: DataConfig, batch_size: int) -> int | None:
 
 @overload
 def validation_batches(
-    cfg: ImageDataConfig, batch_size: int, rank: int = 0, world: int = 1, on_bad: OnBad | None = None
+    cfg: ImageDataConfig, batch_size: int, rank: int = 0, world: int = 1, on_bad: OnBad | None = None,
+    reader: Reader | None = None,
 ) -> Iterator[ImageBatch]: ...
 @overload
 def validation_batches(
-    cfg: SpeechDataConfig, batch_size: int, rank: int = 0, world: int = 1, on_bad: OnBad | None = None
+    cfg: SpeechDataConfig, batch_size: int, rank: int = 0, world: int = 1, on_bad: OnBad | None = None,
+    reader: Reader | None = None,
 ) -> Iterator[SpeechBatch]: ...
 def validation_batches(
-    cfg: DataConfig, batch_size: int, rank: int = 0, world: int = 1, on_bad: OnBad | None = None
+    cfg: DataConfig, batch_size: int, rank: int = 0, world: int = 1, on_bad: OnBad | None = None, reader: Reader | None = None
 ) -> Iterator[Any]:
     """The held-out samples in order, each exactly once over all ranks; the last batch may be short.
 
     Images are centre-cropped; clips are whole, or cut to val_seconds. Ranks may get different numbers of batches. With val_limit,
     a folder or manifest gives evenly spaced samples, shards their first ones.
-    on_bad: called with each unreadable sample, which is then left out, and may raise.
+    on_bad: called with each unreadable sample, which is then left out, and may raise. reader: that reads in another way than
+    the config's own, such as another crop.
     Raises DataError if a sample is unreadable and there is no `on_bad`, ConfigError if there is no data.val.
     """
-    reader = checked_reader(cfg)
+    reader = reader or checked_reader(cfg)
     if cfg.val is None:
         raise ConfigError("there is no validation data; name it in data.val")
     source = find_source(reader, cfg.val, "val")
