@@ -29,8 +29,8 @@ from tokenizers_lab.tokenizer import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Token
 from tokenizers_lab.training.checkpoint import MANIFEST, list_checkpoints, load_torch, newest_checkpoint
 
 __all__ = [
-    "OfficialWeights", "build_from_dict", "build_tokenizer", "convert_official", "hub_snapshot", "load", "model_card", "push",
-    "resolve_folder", "save_official", "weights_sha256",
+    "OfficialWeights", "build_from_dict", "build_tokenizer", "convert_official", "hub_snapshot", "is_tokenizer", "load",
+    "model_card", "push", "resolve_folder", "save_official", "weights_sha256",
 ]
 
 HEADS_FILE = "heads.safetensors"      # the objective's heads of converted weights, where the authors released them
@@ -78,6 +78,17 @@ def resolve_folder(name: str | os.PathLike[str], path: str | os.PathLike[str] | 
     if HUB_ID.fullmatch(text):
         return _hub_folder(text)
     raise CheckpointError(f"there is no folder {text}{_near_folder(folder)}")
+
+
+def is_tokenizer(source: str) -> bool:
+    """Whether that names a tokenizer of this library: a saved folder, a run, or SYSTEM/official; not another network."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return source.split("/")[1:2] == ["official"]
+    try:
+        return bool(list_checkpoints(folder)) or "system" in json.loads((folder / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def build_tokenizer(system: str, model_cfg: Any) -> Tokenizer:

@@ -66,6 +66,16 @@ class GivenDraw(Draw):
         return value
 
 
+class RowDraw(GivenDraw):
+    """Given draws whose permutations are only the rows that are taken: the first of the permutation."""
+
+    def permutation(self, purpose: str, n: int) -> Tensor:
+        """The given rows."""
+        if purpose not in self.values:
+            raise KeyError(f"the folder gives no values for the draw '{purpose}'")
+        return self.values[purpose]
+
+
 @dataclass
 class Rules:
     """tolerance.json: what may be read before the comparison, and how far each tensor may be off."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.nn.dac import Snake
-from tokenizers_lab.parity import GivenDraw
+from tokenizers_lab.parity import RowDraw
 from tokenizers_lab.quantizers.codebook import kmeans
 from tokenizers_lab.settings import OptimizerConfig, StageConfig
 from tokenizers_lab.tokenizer import load_weights, read_weights
@@ -30,16 +30,6 @@ TERMS = {
     "waveform": "recon_l1", "mel": "mel", "commitment": "commit", "gan": "adversarial", "feature_matching": "feature_matching",
 }
 ALL_TERMS = frozenset({*TERMS, "distillation"})
-
-
-class RowDraw(GivenDraw):
-    """Given draws whose permutations are only the rows that start a codebook: the first of the permutation."""
-
-    def permutation(self, purpose: str, n: int) -> Tensor:
-        """The given rows."""
-        if purpose not in self.values:
-            raise KeyError(f"the folder gives no values for the draw '{purpose}'")
-        return self.values[purpose]
 
 
 @dataclass

@@ -122,14 +122,6 @@ def colour_statistics(cfg: EncoderConfig, encoder: Any) -> tuple[list[float], li
 
 # --- first weights ------------------------------------------------------------------------------------------------------
 
-def is_ours(source: str) -> bool:
-    """Whether that names a tokenizer of this library: a saved folder, a run, or SYSTEM/official."""
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        return source.split("/")[1:2] == ["official"]
-    return (folder / "checkpoints").is_dir() or "system" in read_json(folder / CONFIG_FILE)
-
-
 def start_encoder(cfg: ModelConfig, encoder: Any, source: str) -> str:
     """Give the encoder the weights of a folder or hub id with safetensors; returns where they are from.
 

@@ -15,7 +15,7 @@ from tokenizers_lab.nn.vit import MLP, ViTBlock, init_linear
 from tokenizers_lab.tokenizer import ImageEncoding, ImageTokenizer
 
 from .config import ModelConfig, check_model
-from .encoders import build_encoder, colour_statistics, is_ours, start_encoder
+from .encoders import build_encoder, colour_statistics, start_encoder
 
 PATH = FlowPath("data")      # t = 0 noise, t = 1 pixels; the paper writes its mirror image
 GLOBAL_EPS = 1e-5            # of the global blocks' layer norms
@@ -153,7 +153,9 @@ class UniFlow(ImageTokenizer):
 
     def start_part(self, part: str, source: str) -> str:
         """See Tokenizer. The encoder also starts from a pretrained network: a folder or hub id of the encoder's own kind."""
-        if part != "encoder" or is_ours(source):
+        from tokenizers_lab.hub import is_tokenizer
+
+        if part != "encoder" or is_tokenizer(source):
             return super().start_part(part, source)
         return start_encoder(self.cfg, self.encoder, source)
 

@@ -1,9 +1,7 @@
 """The XY-Tokenizer network (arXiv 2506.23325): two encoders of Whisper's shape, one stream of residual codes, a decoder."""
 
-import json
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +21,7 @@ from tokenizers_lab.quantizers.masked import MaskedResidualVQ
 from tokenizers_lab.quantizers.result import QuantizerResult
 from tokenizers_lab.teachers.speech import from_transformers
 from tokenizers_lab.teachers.whisper import WHISPER_ASSETS, whisper_from_asset
-from tokenizers_lab.tokenizer import CONFIG_FILE, CONTEXT_SECONDS, SpeechEncoding, SpeechTokenizer, load_weights
+from tokenizers_lab.tokenizer import CONTEXT_SECONDS, SpeechEncoding, SpeechTokenizer, load_weights
 
 from .config import AdapterConfig, ModelConfig, QuantizerConfig, StackConfig, check_model, hop_of, vocoder_hop, window_codes
 
@@ -177,7 +175,9 @@ class XYTokenizer(SpeechTokenizer):
     def start_part(self, part: str, source: str) -> str:
         """See Tokenizer. Both encoders also start from a Whisper: a hub id or a folder of transformers' format, or one of
         `toklab assets`. A longer table of positions is cut. Raises CheckpointError if it has other sizes."""
-        if part not in ("semantic_encoder", "acoustic_encoder") or is_ours(source):
+        from tokenizers_lab.hub import is_tokenizer
+
+        if part not in ("semantic_encoder", "acoustic_encoder") or is_tokenizer(source):
             return super().start_part(part, source)
         own = self.get_submodule(part)
         assert isinstance(own, WhisperEncoder)
@@ -313,14 +313,3 @@ def build_quantizer(cfg: QuantizerConfig, channels: int) -> MaskedResidualVQ:
     return MaskedResidualVQ(
         channels, cfg.out or channels, cfg.codebooks, cfg.codebook_size, cfg.width, cfg.decay, cfg.epsilon, cfg.kmeans_iterations,
         cfg.dead_threshold, cfg.released_start, cfg.released_replacement, cfg.commitment, cfg.dropout)
-
-
-def is_ours(source: str) -> bool:
-    """Whether that names a tokenizer of this library: a saved folder, a run, or SYSTEM/official."""
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        return source.split("/")[1:2] == ["official"]
-    try:
-        return (folder / "checkpoints").is_dir() or "system" in json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
-        return False

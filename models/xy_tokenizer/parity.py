@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tokenizers_lab.nn.mel import WHISPER_HOP, whisper_filters, whisper_log_mel
 from tokenizers_lab.nn.whisper import STRIDE
-from tokenizers_lab.parity import GivenDraw
+from tokenizers_lab.parity import RowDraw
 from tokenizers_lab.quantizers.masked import MaskedResidualVQ
 from tokenizers_lab.quantizers.result import QuantizerResult
 from tokenizers_lab.tokenizer import load_weights, read_weights
@@ -26,16 +26,6 @@ CODES_OF = 10.0               # seconds of overlap of the long codes that are de
 EDGE, HEAD_FRAMES = 640, 16   # samples, frames that the folder keeps of longer tensors
 TRAINED = ("semantic_encoder_adapter", "acoustic_encoder", "pre_rvq_adapter", "downsample", "quantizer", "post_rvq_adapter",
            "upsample", "acoustic_decoder", "vocoder")
-
-
-class RowDraw(GivenDraw):
-    """Given draws whose permutations are only the rows that are taken: the first of the permutation."""
-
-    def permutation(self, purpose: str, n: int) -> Tensor:
-        """The given rows."""
-        if purpose not in self.values:
-            raise KeyError(f"the folder gives no values for the draw '{purpose}'")
-        return self.values[purpose]
 
 
 class Probe:
