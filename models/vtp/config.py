@@ -1,6 +1,7 @@
 """Options of VTP's network. Defaults are the released Large model, but with exact rotary tables (see `RELEASED_ROTARY`)."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.nn.dinov3_vit import BlocksConfig, RotaryConfig, check_blocks
@@ -64,3 +65,13 @@ def check_text_encoder(cfg: TextEncoderConfig, where: str) -> None:
     check_text(cfg.text)
     if cfg.text.context < 2:
         raise ConfigError(f"{where}.text.context must be at least 2 ids, not {cfg.text.context}: it sizes the table of positions")
+
+
+def validate(cfg: Any) -> None:
+    """Rules over the options of a run (`RunConfig`), beyond their types. Raises ConfigError."""
+    from .objective_config import check_stages
+
+    check_model(cfg.model)
+    if cfg.data.size % cfg.model.patch:
+        raise ConfigError(f"data.size {cfg.data.size} must be a multiple of model.patch {cfg.model.patch}")
+    check_stages(cfg)
