@@ -21,6 +21,8 @@ XY_TOKENIZER = {      # the 519,621,074 of the released checkpoint
     "pre_rvq_adapter": 29_530_368, "downsample": 28_317_696, "quantizer": 3_152_896, "post_rvq_adapter": 33_072_384,
     "upsample": 9_437_184, "acoustic_decoder": 87_001_424, "vocoder": 126_754_946}
 VFM_VAE = {"encoder": 11_592_960, "decoder": 128_144_914}      # and 38 strengths of the release's fixed noise: 139,737,912
+VTP_TEXT = {"text": 123_650_304}      # with the other parts the authors' 731,570,689 (Large), 295,639,297 (Base), 167,177,857
+VTP_LARGE = {"trunk": 303_542_528, "decoder": 303_591_424, "contrast": 786_433, **VTP_TEXT}
 PUBLISHED = {
     "dm_codec/librispeech16k": DM_CODEC, "dm_codec/librispeech16k-lm": DM_CODEC,
     "lm_spt/librispeech24k": LM_SPT, "lm_spt/emilia24k": LM_SPT,
@@ -29,6 +31,9 @@ PUBLISHED = {
     "tadicodec/emilia24k": TADICODEC, "tadicodec/vocos-24k": {"vocoder": 255_042_434},
     "uniflow/imagenet-internvit300m": UNIFLOW,
     "xy_tokenizer/emilia16k-stage1": XY_TOKENIZER, "xy_tokenizer/emilia16k-stage2": XY_TOKENIZER,
+    "vtp/large": VTP_LARGE, "vtp/decoder-finetune": VTP_LARGE,
+    "vtp/base": {"trunk": 85_690_368, "decoder": 85_708_800, "contrast": 589_825, **VTP_TEXT},
+    "vtp/small": {"trunk": 21_611_520, "decoder": 21_621_120, "contrast": 294_913, **VTP_TEXT},
     **{f"vfm_vae/imagenet256-{stage}": VFM_VAE for stage in ("strong", "weak", "ssim", "patchgan")},
 }
 OF_OURS = {"lm_spt/librispeech24k-25hz", "lm_spt/librispeech24k-6hz",       # frame rates without a published configuration
