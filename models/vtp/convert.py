@@ -166,7 +166,9 @@ def dino_head(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def official_arguments(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """The authors' options, flat. Raises ConfigError on values that we do not have."""
-    arguments = dict((config or {}).get("constructor_args", config or {}))
+    told = config or {}
+    arguments = dict(told.get("constructor_args", told))
+    arguments.setdefault("decoder_mlp_ratio", told.get("pixel_decoder_fixed", {}).get("ffn_ratio", 4.0))
     for name, only in FIXED.items():
         if arguments.get(name, only) != only:
             raise ConfigError(f"VTP's option {name} must be {only} here, not {arguments[name]}")
@@ -214,7 +216,7 @@ def infer_blocks(state: Mapping[str, Tensor], part: str, option: str, width: int
         width=width,
         depth=int(arguments[f"{option}_depth"]) if f"{option}_depth" in arguments else known[0],      # type: ignore[index]
         heads=width // (4 * periods.shape[0]),
-        mlp_ratio=float(arguments.get("vision_mlp_ratio", 4.0)) if part == "trunk" else 4.0,
+        mlp_ratio=float(arguments.get(f"{option}_mlp_ratio", 4.0)),
         ffn="mlp" if block + "mlp.fc1.weight" in state else "swiglu",
         norm="layer_norm" if block + "norm1.bias" in state else "rms_norm",
         qk_norm=block + "attn.q_norm.weight" in state,

@@ -64,7 +64,7 @@ def check_arguments(arguments: dict[str, Any], model: ModelConfig) -> None:
         }
     told |= {"vision_patch_size": model.patch, "vision_feature_bottleneck": model.latent_channels}
     for name, seen in told.items():
-        if name in arguments and arguments[name] != seen:
+        if arguments.get(name) is not None and arguments[name] != seen:      # no bottleneck: as wide as the trunk
             raise ConfigError(f"config.json and weights.safetensors disagree: {name} is {arguments[name]} and {seen}")
 
 
