@@ -44,6 +44,7 @@ NOISE_LEVELS = (0.05, 0.1, 0.15, 0.2)             # standard deviations
 ROTATIONS, SCALES = (0, 90, 180, 270), (1.0, 0.75, 0.5, 0.25)
 CLEAN, EQUIVARIANCE = "clean", "rotation and scale"
 SETS = {f"noise {level:g}": level for level in NOISE_LEVELS}
+MANY = 0.05                                       # of all images as neighbours, above which chance is no longer small
 DEGENERATE = "the features do not differ between images"
 
 
@@ -179,20 +180,23 @@ def _results(
         ours = _neighbours(mine, k)
         values[which] = align(ours, theirs[which], k), leave_out(ours, theirs[which], k)
     results = {}
+    n = len(next(iter(vectors.values())))
     for name in names:
         parts = {which: values[which] for which in sets_of([name])}
         value = fmean(part for part, _ in parts.values())
         without = [fmean(group) for group in zip(*(left for _, left in parts.values()))]
         results[name] = {
             "title": METRICS[name], "unit": "", "better": "higher", "network": teacher.description.get("network", teacher.label),
-            "n": len(next(iter(vectors.values()))), "reference": teacher.label, "features": source.name, "k": k, "warnings": [],
+            "n": n, "reference": teacher.label, "features": source.name, "k": k, "warnings": [],
             "value": value if math.isfinite(value) else None, "uncertainty": jackknife_interval(value, without),
             "parts": {which: part if math.isfinite(part) else None for which, (part, _) in parts.items()},
         }
         if not math.isfinite(value):
             results[name]["missing"] = DEGENERATE
         if teacher.description.get("random"):
-            results[name]["warnings"] = ["the teacher has random weights"]
+            results[name]["warnings"].append("the teacher has random weights")
+        if k > MANY * (n - 1):
+            results[name]["warnings"].append(f"few images: {k} neighbours among {n - 1} others agree by chance alone")
     return results
 
 

@@ -238,6 +238,7 @@ def test_the_command_names_the_teacher(folder, fitted, tmp_path, toy_system, cap
     assert call([*words, "psnr,cknna,se_cknna", "--teacher", teacher, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "SE-CKNNA to " in printed and "the teacher has random weights" in printed
+    assert "10 neighbours among 13 others agree by chance alone" in printed
     result = json.loads(out.read_text())
     assert [row["role"] for row in result["rows"]] == ["model", "untrained", "baseline"]
     for row in result["rows"]:
