@@ -121,14 +121,15 @@ def probe_row(source: ImageFeatures, row: int, train: Labelled, held_out: Labell
     """Fit a row's classifier and measure it on the held-out images."""
     names = sorted(set(train.classes))
     number = {name: i for i, name in enumerate(names)}
-    vectors = train.vectors[row].to(source.device).double()
+    device = torch.device("cpu") if source.device.type == "mps" else source.device      # which has no float64
+    vectors = train.vectors[row].to(device).double()
     mean, std = vectors.mean(0), vectors.std(0, correction=0).clamp(min=SMALLEST_STD)
-    x, y = (vectors - mean) / std, torch.tensor([number[name] for name in train.classes], device=source.device)
-    theirs = (held_out.vectors[row].to(source.device).double() - mean) / std
+    x, y = (vectors - mean) / std, torch.tensor([number[name] for name in train.classes], device=device)
+    theirs = (held_out.vectors[row].to(device).double() - mean) / std
     if settings.solver == "sgd":
         x, theirs = x.float(), theirs.float()
     parts = hold_out(train.keys, train.classes, settings.selection, "selection")
-    fitting, choosing = (torch.tensor(part, dtype=torch.int64, device=y.device) for part in parts)
+    fitting, choosing = (torch.tensor(part, dtype=torch.int64, device=device) for part in parts)
     if not len(choosing):
         raise DataError("every class has a single training image: none can be spared to choose the penalty by")
     with one_thread():      # so that no digit depends on how many there are
