@@ -132,7 +132,7 @@ class VTPObjective(Objective):
         """The terms dino, ibot and koleo of images (b, 3, H, W), and what is logged of them."""
         crops, local = multi_crops(images, self.cfg.crops, draw)
         crops, local = tokenizer.normalise(crops), None if local is None else tokenizer.normalise(local)
-        masks = block_masks(len(crops), tokenizer.trunk.grid(crops), self.cfg.mask_share, tuple(self.cfg.mask_ratios), draw)
+        masks = block_masks(len(crops), tokenizer.trunk.grid(crops), self.cfg.mask_share, self.cfg.mask_ratios, draw)
         depth, drop = tokenizer.trunk.depth, self.cfg.ssl_drop
         kept = kept_samples(draw, "drop.global", depth, len(crops), drop)
         kept_local = None if local is None else kept_samples(draw, "drop.local", depth, len(local), drop)
@@ -146,8 +146,8 @@ class VTPObjective(Objective):
             parts = dino_loss(own.classes, own.local_classes, targets, len(images), self.cfg.student_temperature)
             terms["dino"] = parts[0] + parts[1]
             logs |= {"dino_global": parts[0].detach(), "dino_local": parts[1].detach(),
-                     "target_entropy": -torch.xlogy(targets, targets).sum(1).mean(),      # log K: collapsed to one answer for all
-                     "prototypes_used": targets.argmax(1).unique().numel() * targets.new_ones(())}
+                     "target_entropy": -torch.xlogy(targets, targets).sum(1).mean(),      # log K: the teacher says nothing
+                     "prototypes_used": targets.new_tensor(targets.argmax(1).unique().numel())}
         if "ibot" in active:
             targets = self.teacher_targets(said.patches, "patches")
             terms["ibot"] = ibot_loss(own.patches, targets, masks, self.cfg.student_temperature)
@@ -200,7 +200,7 @@ class VTPObjective(Objective):
         smallest = self.cfg.view_scale[0]
         if smallest == 1 and tuple(images.shape[2:]) == (self.size, self.size):
             return images
-        return random_crop(images, self.size, tuple(self.cfg.view_scale), draw.within("view"))
+        return random_crop(images, self.size, self.cfg.view_scale, draw.within("view"))
 
     def generator_losses(
         self, tokenizer: nn.Module, batch: Any, draw: Draw, active: frozenset[str], judge: Judge | None = None
@@ -226,8 +226,9 @@ class VTPObjective(Objective):
         if "contrastive" in active:
             terms["contrastive"] = self.contrastive(tokenizer, views, batch, draw)
             logs["logit_scale"] = tokenizer.contrast.logit_scale.detach().exp().mean()      # type: ignore[union-attr]
-        scaled = None if fake is None or real is None else (2 * fake - 1, 2 * real - 1)
-        return Losses(terms, *(scaled or (None, None)), logs=logs)
+        if fake is None or real is None:
+            return Losses(terms, logs=logs)
+        return Losses(terms, fake=2 * fake - 1, real=2 * real - 1, logs=logs)
 
     def discriminator_losses(self, real: Tensor, fake: Tensor) -> Losses:
         """Hinge loss of images in [−1, 1]; real first, then fake, as two passes, since each updates the batch-norm statistics."""

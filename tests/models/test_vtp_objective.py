@@ -228,13 +228,14 @@ def hashes(run):
 @pytest.mark.slow
 def test_a_resumed_run_has_the_same_teacher_bit_for_bit(tmp_path):
     pairs = write_pairs(tmp_path / "pairs")
+    stages = ("[{name: a, steps: 4, lr: 1e-3, weights: {l1: 1, dino: 1, ibot: 1, contrastive: 1}}, "
+              "{name: b, steps: 2, lr: 1e-3, parts: [decoder], weights: {l1: 1, gan: 0.5}}]")
+    small = [f"model.{part}.{size}" for part in ("trunk", "decoder") for size in ("width=32", "depth=1", "heads=2")]
+    crops = [f"objective.crops.{size}" for size in ("global_size=32", "local_size=16", "local_crops=2")]
     cfg = load_config("vtp/tiny", [
-        f"data.train={pairs}", f"data.val={pairs}", f"out={tmp_path}/a", "data.size=32", "data.train_size=40", "train.batch_size=4",
-        "train.log_every=1", "train.checkpoint_every=2", "train.validate_every=0", "train.keep_last=9", "model.image_size=32",
-        "model.trunk.width=32", "model.trunk.depth=1", "model.trunk.heads=2", "model.decoder.width=32", "model.decoder.depth=1",
-        "model.decoder.heads=2", "objective.targets=centring", "objective.lpips=none", "objective.crops.global_size=32",
-        "objective.crops.local_size=16", "objective.crops.local_crops=2", "stages=[{name: a, steps: 4, lr: 1e-3, weights: {l1: 1, "
-        "dino: 1, ibot: 1, contrastive: 1}}, {name: b, steps: 2, lr: 1e-3, parts: [decoder], weights: {l1: 1, gan: 0.5}}]"])
+        f"data.train={pairs}", f"data.val={pairs}", f"out={tmp_path}/a", "data.size=32", "data.train_size=40", "model.image_size=32",
+        "train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.validate_every=0", "train.keep_last=9",
+        "objective.targets=centring", "objective.lpips=none", *small, *crops, f"stages={stages}"])
     assert train(cfg).status == "finished"
     name, whole = hashes(tmp_path / "a/vtp-tiny")
     other = tmp_path / "b/vtp-tiny"
