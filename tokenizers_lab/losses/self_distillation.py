@@ -44,8 +44,10 @@ def ibot_loss(student: Tensor, targets: Tensor, masks: Tensor, temperature: floa
 def koleo_loss(tokens: Tensor) -> Tensor:
     """−mean log of each token's distance to its nearest neighbour, tokens (B, D) normalised (Sablayrolles et al. 2019).
 
-    Of one crop of each image and of this process: another crop of an image would be its neighbour.
+    Of one crop of each image and of this process: another crop of an image would be its neighbour. 0 of a single token.
     """
+    if len(tokens) < 2:
+        return 0 * tokens.float().sum()
     with torch.autocast(tokens.device.type, enabled=False):
         x = F.normalize(tokens.float(), dim=-1)
         with torch.no_grad():
