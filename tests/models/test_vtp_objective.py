@@ -234,7 +234,8 @@ def test_a_resumed_run_has_the_same_teacher_bit_for_bit(tmp_path):
     crops = [f"objective.crops.{size}" for size in ("global_size=32", "local_size=16", "local_crops=2")]
     cfg = load_config("vtp/tiny", [
         f"data.train={pairs}", f"data.val={pairs}", f"out={tmp_path}/a", "data.size=32", "data.train_size=40",
-        "model.image_size=32", "train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.validate_every=0", "train.keep_last=9",
+        "model.image_size=32", "train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.validate_every=0",
+        "train.keep_last=9",
         "objective.targets=centring", "objective.lpips=none", *small, *crops, f"stages={stages}"])
     assert train(cfg).status == "finished"
     name, whole = hashes(tmp_path / "a/vtp-tiny")
