@@ -10,7 +10,7 @@ stage's `weights`) among them. So a file that names teachers has exactly those t
 import dataclasses
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tokenizers_lab.config_help import field_help
 from tokenizers_lab.config_yaml import parse_value, read_yaml
 from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.registry import System, get_system
-from tokenizers_lab.settings import ImageDataConfig, RunConfig, SpeechDataConfig
+from tokenizers_lab.settings import ImageDataConfig, RunConfig, SpeechDataConfig, StageConfig
 
 DATA_CONFIGS: dict[str, type] = {"image": ImageDataConfig, "speech": SpeechDataConfig}      # by the system's kind
 
@@ -102,6 +102,26 @@ def override_objective(cfg_objective: Any, changes: dict[str, Any], where: str =
         return OmegaConf.to_object(root)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {first_line(error)}") from error
+
+
+def stage_objectives(
+    cfg: RunConfig, terms: Sequence[str], may_change: Sequence[str] | None = None
+) -> Iterator[tuple[int, StageConfig, Any, str]]:
+    """(number, stage, its objective config, the key that errors about that name) of each stage, for a system's `validate`.
+
+    terms: the system's losses. may_change: options of the objective that a stage may change, as networks are built once; none:
+    all. Raises ConfigError on another loss or option.
+    """
+    for i, stage in enumerate(cfg.stages):
+        fixed = [] if may_change is None else sorted(set(stage.objective) - set(may_change))
+        if fixed:
+            allowed = f"it may change {', '.join(may_change)}" if may_change else "it may change nothing"
+            raise ConfigError(f"stages.{i}.objective cannot change '{fixed[0]}'; {allowed}")
+        unknown = sorted(set(stage.weights) - set(terms))
+        if unknown:
+            raise ConfigError(f"stages.{i}.weights: {cfg.system} has no loss '{unknown[0]}'; it has {', '.join(terms)}")
+        where = f"stages.{i}.objective"
+        yield i, stage, override_objective(cfg.objective, stage.objective, where), where if stage.objective else "objective"
 
 
 def describe(cfg: Any, prefix: str = "") -> list[tuple[str, Any, str]]:

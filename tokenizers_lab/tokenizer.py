@@ -131,6 +131,24 @@ class ImageTokenizer(Tokenizer):
     """Images enter and leave as float (B, 3, H, W) in [0, 1]; each system normalises inside."""
 
     downsample: int                   # pixels a side of one latent position
+    latent_mean: Tensor               # (C,) by which continuous latents are normalised; a system adds both by
+    latent_std: Tensor                # `add_latent_statistics`, if it has any
+
+    def add_latent_statistics(self, channels: int) -> None:
+        """Buffers `latent_mean` and `latent_std`: 0 and 1 until they are collected."""
+        self.register_buffer("latent_mean", torch.zeros(channels))
+        self.register_buffer("latent_std", torch.ones(channels))
+
+    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Normalise latents by these: (C,) each, of the un-normalised latents or posterior means. Raises InputError unless
+        std > 0, and of a tokenizer without continuous latents."""
+        wanted = getattr(self, "latent_mean", None)
+        if wanted is None:
+            raise InputError(f"this {self.system} tokenizer has no continuous latents to normalise")
+        if mean.shape != wanted.shape or std.shape != wanted.shape or not bool((std > 0).all()):      # also for NaN
+            raise InputError(f"latent statistics must be two vectors of {len(wanted)} numbers, the second above 0")
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
 
     def encode(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> ImageEncoding:
         """Latents or codes of the images. Deterministic unless `sample` asks for a draw from the posterior."""

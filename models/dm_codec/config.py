@@ -140,12 +140,8 @@ def check_objective(cfg: ObjectiveConfig, model: ModelConfig, where: str = "obje
 
 def validate(cfg: Any) -> None:
     """Rules over the options of a run (`RunConfig`), beyond their types. Raises ConfigError."""
-    from tokenizers_lab.config import override_objective
+    from tokenizers_lab.config import stage_objectives
 
     check_model(cfg.model)
-    for i, stage in enumerate(cfg.stages):
-        objective = override_objective(cfg.objective, stage.objective, f"stages.{i}.objective")
-        check_objective(objective, cfg.model, "objective" if not stage.objective else f"stages.{i}.objective")
-        unknown = sorted(set(stage.weights) - set(TERMS))
-        if unknown:
-            raise ConfigError(f"stages.{i}.weights: dm_codec has no loss '{unknown[0]}'; it has {', '.join(TERMS)}")
+    for _, _, objective, where in stage_objectives(cfg, TERMS):
+        check_objective(objective, cfg.model, where)

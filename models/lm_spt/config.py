@@ -143,15 +143,11 @@ def check_objective(cfg: ObjectiveConfig, where: str = "objective") -> None:
 
 def validate(cfg: Any) -> None:
     """Rules over the options of a run (`RunConfig`), beyond their types. Raises ConfigError."""
-    from tokenizers_lab.config import override_objective
+    from tokenizers_lab.config import stage_objectives
 
     check_model(cfg.model)
-    for i, stage in enumerate(cfg.stages):
-        objective = override_objective(cfg.objective, stage.objective, f"stages.{i}.objective")
-        check_objective(objective, "objective" if not stage.objective else f"stages.{i}.objective")
-        unknown = sorted(set(stage.weights) - set(TERMS))
-        if unknown:
-            raise ConfigError(f"stages.{i}.weights: lm_spt has no loss '{unknown[0]}'; it has {', '.join(TERMS)}")
+    for i, stage, objective, where in stage_objectives(cfg, TERMS):
+        check_objective(objective, where)
         if (stage.weights.get("gan") or stage.weights.get("feature_matching")) and not (
             objective.mpd_periods or objective.msd_rates or objective.mrd_windows
         ):

@@ -116,20 +116,13 @@ STAGE_MAY_CHANGE = ("gamma", "logits_weight", "mask_ratio", "mask_ratio_min", "m
 
 def validate(cfg: Any) -> None:
     """Rules over the options of a run (`RunConfig`), beyond their types. Raises ConfigError."""
-    from tokenizers_lab.config import override_objective
+    from tokenizers_lab.config import stage_objectives
 
     check_model(cfg.model)
     if cfg.data.size % cfg.model.patch:
         raise ConfigError(f"data.size {cfg.data.size} must be a multiple of model.patch {cfg.model.patch}")
-    for i, stage in enumerate(cfg.stages):
-        fixed = sorted(set(stage.objective) - set(STAGE_MAY_CHANGE))
-        if fixed:      # networks are built once
-            raise ConfigError(f"stages.{i}.objective cannot change '{fixed[0]}'; it may change {', '.join(STAGE_MAY_CHANGE)}")
-        objective = override_objective(cfg.objective, stage.objective, f"stages.{i}.objective")
-        check_objective(objective, "objective" if not stage.objective else f"stages.{i}.objective")
-        unknown = sorted(set(stage.weights) - set(TERMS))
-        if unknown:
-            raise ConfigError(f"stages.{i}.weights: rectok has no loss '{unknown[0]}'; it has {', '.join(TERMS)}")
+    for i, stage, objective, where in stage_objectives(cfg, TERMS, STAGE_MAY_CHANGE):
+        check_objective(objective, where)
         if stage.weights.get("semantic") and not objective.teachers:
             raise ConfigError(f"stages.{i}.weights.semantic needs a teacher in objective.teachers")
         if stage.weights.get("perceptual") and (objective.lpips, objective.logits_network) == ("none", "none"):

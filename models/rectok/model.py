@@ -78,16 +78,13 @@ class RecTok(ImageTokenizer):
     """
 
     system = "rectok"
-    latent_mean: Tensor
-    latent_std: Tensor
 
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg)
         check_model(cfg)
         self.downsample = cfg.patch
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
-        self.register_buffer("latent_mean", torch.zeros(cfg.latent_channels))
-        self.register_buffer("latent_std", torch.ones(cfg.latent_channels))
+        self.add_latent_statistics(cfg.latent_channels)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """(rows, columns) of the images' tokens."""
@@ -118,13 +115,6 @@ class RecTok(ImageTokenizer):
             raise InputError(f"latents must be {wanted}, not {latents.dtype} {tuple(latents.shape)}")
         tokens = to_tokens(latents) * self.latent_std + self.latent_mean
         return self.decoder(tokens, (latents.shape[2], latents.shape[3])).clamp(0, 1)
-
-    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Normalise latents by these: (C,) each, of the un-normalised posterior means. Raises InputError unless std > 0."""
-        if mean.shape != self.latent_mean.shape or std.shape != self.latent_std.shape or not bool((std > 0).all()):
-            raise InputError(f"latent statistics must be two vectors of {self.cfg.latent_channels} numbers, the second above 0")
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std)
 
 
 class SemanticTransformer(nn.Module):

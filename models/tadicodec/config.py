@@ -109,18 +109,11 @@ STAGE_MAY_CHANGE = ("prompt_drop", "condition_drop", "text_drop", "batch_as_rele
 
 def validate(cfg: Any) -> None:
     """Rules over the options of a run (`RunConfig`), beyond their types. Raises ConfigError."""
-    from tokenizers_lab.config import override_objective
+    from tokenizers_lab.config import stage_objectives
 
     check_model(cfg.model)
-    check_objective(cfg.objective)
-    for i, stage in enumerate(cfg.stages):
-        fixed = sorted(set(stage.objective) - set(STAGE_MAY_CHANGE))
-        if fixed:      # networks are built once
-            raise ConfigError(f"stages.{i}.objective cannot change '{fixed[0]}'; it may change {', '.join(STAGE_MAY_CHANGE)}")
-        check_objective(override_objective(cfg.objective, stage.objective, f"stages.{i}.objective"), f"stages.{i}.objective")
-        unknown = sorted(set(stage.weights) - set(TERMS))
-        if unknown:
-            raise ConfigError(f"stages.{i}.weights: tadicodec has no loss '{unknown[0]}'; it has {', '.join(TERMS)}")
+    for i, stage, objective, where in stage_objectives(cfg, TERMS, STAGE_MAY_CHANGE):
+        check_objective(objective, where)
         coded, voiced = ([name for name in terms if stage.weights.get(name)] for terms in (CODEC_TERMS, VOCODER_TERMS))
         if coded and voiced:      # the flow gives no audio: one step cannot serve both
             raise ConfigError(f"stages.{i}.weights has '{coded[0]}' of the codec and '{voiced[0]}' of the vocoder: two stages")

@@ -53,8 +53,6 @@ class UniFlow(ImageTokenizer):
 
     system = "uniflow"
     decode_options = ("steps", "guidance")
-    latent_mean: Tensor
-    latent_std: Tensor
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -70,8 +68,7 @@ class UniFlow(ImageTokenizer):
         if cfg.init_gain:
             scale_first_weights(self, cfg.init_gain)
         self.times = sampling_times(cfg.steps, cfg.schedule_power)      # as numbers, which an export can follow
-        self.register_buffer("latent_mean", torch.zeros(cfg.latent_channels))
-        self.register_buffer("latent_std", torch.ones(cfg.latent_channels))
+        self.add_latent_statistics(cfg.latent_channels)
         for name, value in zip(("pixel_mean", "pixel_std"), colour_statistics(cfg.encoder, self.encoder)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
@@ -140,16 +137,6 @@ class UniFlow(ImageTokenizer):
     def velocity(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """dx/dt of patches x (R, P) at times (R,) in [0, 1] under conditions (R, width)."""
         return self.flow(x, TIME_SCALE * time, condition)
-
-    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Normalise latents by these: (C,) each, of the un-normalised latents. Raises InputError unless std > 0."""
-        if mean.shape != self.latent_mean.shape or std.shape != self.latent_std.shape:
-            wanted = tuple(self.latent_mean.shape)
-            raise InputError(f"latent statistics must be {wanted} each, not {tuple(mean.shape)} and {tuple(std.shape)}")
-        if not (std > 0).all():      # also false for NaN
-            raise InputError("the standard deviations of latents must be above 0")
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std)
 
     def start_part(self, part: str, source: str) -> str:
         """See Tokenizer. The encoder also starts from a pretrained network: a folder or hub id of the encoder's own kind."""

@@ -27,8 +27,6 @@ class VFMVAE(ImageTokenizer):
     """
 
     system = "vfm_vae"
-    latent_mean: Tensor
-    latent_std: Tensor
 
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg)
@@ -38,8 +36,7 @@ class VFMVAE(ImageTokenizer):
         self.encoder = Compressor(cfg, self.vfm.widths, self.vfm.strides)
         self.quantizer = build_quantizer(cfg)
         self.decoder = Decoder(cfg)
-        self.register_buffer("latent_mean", torch.zeros(cfg.latent_channels))
-        self.register_buffer("latent_std", torch.ones(cfg.latent_channels))
+        self.add_latent_statistics(cfg.latent_channels)
 
     def requires_grad_(self, requires_grad: bool = True) -> "VFMVAE":
         """Of all but the foundation model, which stays frozen."""
@@ -127,16 +124,10 @@ class VFMVAE(ImageTokenizer):
         return found.unflatten(2, tuple(codes.shape[2:]))
 
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Normalise latents by these: (C,) each, of the un-normalised posterior means. Raises InputError unless std > 0."""
+        """See ImageTokenizer. Raises InputError of discrete latents too."""
         if self.discrete:
             raise InputError("codes have no statistics to normalise by")
-        if mean.shape != self.latent_mean.shape or std.shape != self.latent_std.shape:
-            wanted = tuple(self.latent_mean.shape)
-            raise InputError(f"latent statistics must be {wanted} each, not {tuple(mean.shape)} and {tuple(std.shape)}")
-        if not (std > 0).all():      # also false for NaN
-            raise InputError("the standard deviations of latents must be above 0")
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std)
+        super().set_latent_statistics(mean, std)
 
     def start_part(self, part: str, source: str) -> str:
         """See Tokenizer. The foundation model starts from its pretrained weights: a hub id, a folder, timm's name, an asset."""

@@ -26,8 +26,6 @@ class VTP(ImageTokenizer):
     """
 
     system = "vtp"
-    latent_mean: Tensor
-    latent_std: Tensor
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -45,8 +43,7 @@ class VTP(ImageTokenizer):
             self.text = TextTransformer(size.width, size.depth, size.heads, size.text.context, size.text.vocabulary,
                                         size.mlp_ratio, size.quick_gelu, size.projection_bias)
             self.contrast = Contrast(cfg, Trunk.semantic_width(cfg), size.width)
-        self.register_buffer("latent_mean", torch.zeros(cfg.latent_channels))
-        self.register_buffer("latent_std", torch.ones(cfg.latent_channels))
+        self.add_latent_statistics(cfg.latent_channels)
         for name, value in (("pixel_mean", IMAGENET_MEAN), ("pixel_std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
 
@@ -74,13 +71,6 @@ class VTP(ImageTokenizer):
             raise InputError(f"latents must be {wanted}, not {latents.dtype} {tuple(latents.shape)}")
         tokens = to_tokens(latents) * self.latent_std + self.latent_mean
         return self.denormalise(self.decoder(tokens, (latents.shape[2], latents.shape[3]))).clamp(0, 1)
-
-    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Normalise latents by these: (C,) each, of the un-normalised latents. Raises InputError unless std > 0."""
-        if mean.shape != self.latent_mean.shape or std.shape != self.latent_std.shape or not bool((std > 0).all()):
-            raise InputError(f"latent statistics must be two vectors of {self.cfg.latent_channels} numbers, the second above 0")
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std)
 
     def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[TokenFeatures]:
         """Class and patch tokens after each of these blocks of the trunk (from 0; negative: from the end).

@@ -90,17 +90,10 @@ def check_objective(cfg: ObjectiveConfig, patch: int, where: str = "objective") 
 
 def check_stages(cfg: Any) -> None:
     """Raise ConfigError if a stage of a run (`RunConfig`) names a loss that the run does not have."""
-    from tokenizers_lab.config import override_objective
+    from tokenizers_lab.config import stage_objectives
 
-    for i, stage in enumerate(cfg.stages):
-        fixed = sorted(set(stage.objective) - set(STAGE_MAY_CHANGE))
-        if fixed:      # networks are built once
-            raise ConfigError(f"stages.{i}.objective cannot change '{fixed[0]}'; it may change {', '.join(STAGE_MAY_CHANGE)}")
-        objective = override_objective(cfg.objective, stage.objective, f"stages.{i}.objective")
-        check_objective(objective, cfg.model.patch, "objective" if not stage.objective else f"stages.{i}.objective")
-        unknown = sorted(set(stage.weights) - set(TERMS))
-        if unknown:
-            raise ConfigError(f"stages.{i}.weights: vtp has no loss '{unknown[0]}'; it has {', '.join(TERMS)}")
+    for i, stage, objective, where in stage_objectives(cfg, TERMS, STAGE_MAY_CHANGE):
+        check_objective(objective, cfg.model.patch, where)
         named = {name for name, weight in stage.weights.items() if weight}
         needs = [
             ("contrastive", cfg.model.text is not None and cfg.data.texts, "model.text and data.texts=true"),

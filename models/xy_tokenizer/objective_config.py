@@ -48,13 +48,10 @@ def check_objective(cfg: ObjectiveConfig, where: str = "objective") -> None:
 
 def check_stages(cfg: Any) -> None:
     """Rules over a run (`RunConfig`) and its stages, for the system's `validate`. Raises ConfigError."""
-    check_objective(cfg.objective)
-    for i, stage in enumerate(cfg.stages):
-        if stage.objective:      # networks are built once, and all options are of networks
-            raise ConfigError(f"stages.{i}.objective: xy_tokenizer's objective has no option that a stage can change")
-        unknown = sorted(set(stage.weights) - set(TERMS))
-        if unknown:
-            raise ConfigError(f"stages.{i}.weights: xy_tokenizer has no loss '{unknown[0]}'; it has {', '.join(TERMS)}")
+    from tokenizers_lab.config import stage_objectives
+
+    for i, stage, objective, where in stage_objectives(cfg, TERMS, ()):      # all options are of networks
+        check_objective(objective, where)
         named = sorted(name for name, weight in stage.weights.items() if weight)
         if "asr" in named and cfg.objective.listener.backend == "none":
             raise ConfigError(f"stages.{i}.weights.asr needs a language model: set objective.listener.backend")

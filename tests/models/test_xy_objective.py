@@ -173,7 +173,7 @@ def test_the_recipes_are_what_is_known():
     ("stages.0.weights.asr=1", "stages.0.weights.asr needs a language model"),
     ("objective.discriminators={periods: [], scales: 0, windows: []}", "stages.0.weights.feature_matching needs discriminators"),
     ("stages.0.weights.distillation=1", "xy_tokenizer has no loss 'distillation'"),
-    ("stages.0.objective={mel_bands: [5]}", "no option that a stage can change"),
+    ("stages.0.objective={mel_bands: [5]}", "cannot change 'mel_bands'; it may change nothing"),
 ])
 def test_stages_that_cannot_be_trained_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
