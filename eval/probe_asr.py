@@ -1,8 +1,8 @@
 """How much of what is said can be read from a codec's frozen codes: a small recognizer is trained on them and tested on others.
 
 The probe of XY-Tokenizer's authors (arXiv 2506.23325) is a two-layer bidirectional LSTM with CTC on characters, on frames
-repeated to at least 50 a second. Theirs is given the codec's quantized vectors; this one learns a vector for each entry of each
-codebook, and adds those of a frame: it needs nothing but the codes, and so is the same for every codec.
+repeated to at least 50 a second. As theirs, it is given the codec's quantized vectors; or, so that it needs nothing but the codes
+and is the same for every codec, it learns a vector for each entry of each codebook, and adds those of a frame.
 """
 
 import math
@@ -32,7 +32,10 @@ from .wer import character_edits, summarise_edits, word_edits
 
 BLANK, UNKNOWN = 0, "\ufffd"      # of CTC; a character that no training text has
 EDITS = {"cer": ("character error rate", character_edits), "wer": ("word error rate", word_edits)}
-FEATURES = "a learned vector for each entry of each codebook, added up over the codebooks"
+FEATURES = {
+    "vectors": "the codec's quantized vectors, standardised over the training clips, by a learned linear map",
+    "entries": "a learned vector for each entry of each codebook, added up over the codebooks",
+}
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
@@ -49,6 +52,7 @@ class ProbeSettings:
     epochs: int = 60                # passes over the training clips
     minutes: float | None = None    # training of a row ends after so long, which makes results depend on the machine
     selection: int = 10             # every so many training clips one is kept, by which the best epoch is chosen; 0: the last
+    features: str = "vectors"       # vectors: the codec's, as published; entries: learned anew from the codes alone
     normaliser: str = "basic"       # of texts: basic, english, none (docs/evaluation.md)
     seed: int = 0
 
@@ -56,6 +60,8 @@ class ProbeSettings:
         for name in ("width", "layers", "batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.features not in FEATURES:
+            raise ConfigError(f"--features must be one of {', '.join(FEATURES)}, not '{self.features}'")
         if self.minutes is not None and self.minutes <= 0:
             raise ConfigError(f"--minutes must be above 0, not {self.minutes:g}")
 
@@ -69,24 +75,55 @@ class Said:
     seconds: float
     digest: str                                            # SHA-256 of its samples
     codes: list[Tensor] = field(default_factory=list)      # (K, T) int64 on the CPU, of each row's tokenizer
+    frames: list[Tensor] = field(default_factory=list)     # what the probe is given: the codes, or vectors (D, T) float32
+
+
+class Entries(nn.Module):
+    """A learned vector for each entry of each codebook, added up over the codebooks."""
+
+    def __init__(self, sizes: Sequence[int], width: int):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """(B, T, width) of codes (B, K, T)."""
+        return torch.stack([table(codes[:, k]) for k, table in enumerate(self.tables)]).sum(0) / math.sqrt(len(self.tables))
+
+
+class Vectors(nn.Module):
+    """A linear map of vectors that are standardised by the mean and deviation of each of their numbers."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, examples: Tensor, width: int):
+        """examples: (D, n), of the training clips."""
+        super().__init__()
+        self.register_buffer("mean", examples.mean(1))
+        self.register_buffer("std", examples.std(1).clamp_min(1e-5))
+        self.linear = nn.Linear(len(examples), width)
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(B, T, width) of vectors (B, D, T)."""
+        return self.linear((vectors.transpose(1, 2) - self.mean) / self.std)
 
 
 class CTCProbe(nn.Module):
-    """Codes to log probabilities of blank, the known characters, and all others."""
+    """Frames to log probabilities of blank, the known characters, and all others."""
 
-    def __init__(self, sizes: Sequence[int], repeat: int, classes: int, settings: ProbeSettings):
-        """sizes: entries of each codebook; repeat: frames that each becomes."""
+    def __init__(self, inward: nn.Module, repeat: int, classes: int, settings: ProbeSettings):
+        """inward: Entries or Vectors, of settings.width; repeat: frames that each becomes."""
         super().__init__()
-        self.tables = nn.ModuleList(nn.Embedding(size, settings.width) for size in sizes)
+        self.inward = inward
         self.repeat, self.dropout = repeat, nn.Dropout(settings.dropout)
         self.lstm = nn.LSTM(settings.width, settings.width, settings.layers, batch_first=True, bidirectional=True,
                             dropout=settings.dropout if settings.layers > 1 else 0.0)
         self.output = nn.Linear(2 * settings.width, classes)
 
-    def forward(self, codes: Tensor, lengths: Tensor) -> Tensor:
-        """(B, repeat · T, classes) of codes (B, K, T); lengths: (B,) frames of each, on the CPU. Padding is not looked at."""
-        x = torch.stack([table(codes[:, k]) for k, table in enumerate(self.tables)]).sum(0) / math.sqrt(len(self.tables))
-        x = self.dropout(x).repeat_interleave(self.repeat, 1)                                    # (B, repeat · T, width)
+    def forward(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        """(B, repeat · T, classes) of codes or vectors (B, ·, T); lengths: (B,) frames of each, on the CPU. Padding is not looked
+        at."""
+        x = self.dropout(self.inward(frames)).repeat_interleave(self.repeat, 1)                  # (B, repeat · T, width)
         packed = pack_padded_sequence(x, lengths * self.repeat, batch_first=True, enforce_sorted=False)
         hidden, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])
         return self.output(self.dropout(hidden)).log_softmax(2)
@@ -121,13 +158,13 @@ class Alphabet:
 # --- clips ------------------------------------------------------------------------------------------------------------------
 
 def code_clips(
-    tokenizers: Sequence[SpeechTokenizer], batches: Iterable[SpeechBatch], sample_rate: int, normaliser: str
+    tokenizers: Sequence[SpeechTokenizer], batches: Iterable[SpeechBatch], sample_rate: int, settings: ProbeSettings
 ) -> tuple[list[Said], int]:
     """Every clip with a text, coded alone by each tokenizer, and the number of those without.
 
     Raises DataError if none has one.
     """
-    normalise, found, without = build_normaliser(normaliser), [], 0
+    normalise, found, without = build_normaliser(settings.normaliser), [], 0
     for batch in batches:
         for i, key in enumerate(batch.keys):
             text = normalise(batch.texts[i] or "")
@@ -136,7 +173,10 @@ def code_clips(
                 continue
             clip = Clip(key, batch.audio[i, :, : int(batch.lengths[i])], sample_rate, text)
             said = Said(key, text, clip.seconds, samples_sha256(clip.audio))
-            said.codes = [codes_of(tokenizer, clip) for tokenizer in tokenizers]
+            for tokenizer in tokenizers:
+                codes, frames = frames_of(tokenizer, clip, settings.features)
+                said.codes.append(codes)
+                said.frames.append(frames)
             found.append(said)
     if not found:
         raise DataError(f"no clip has a text{f' ({without} have none)' if without else ''}: the probe needs transcripts")
@@ -145,20 +185,21 @@ def code_clips(
 
 
 @torch.inference_mode()
-def codes_of(tokenizer: SpeechTokenizer, clip: Clip) -> Tensor:
-    """(K, T) codes of a clip. Raises InputError of a tokenizer without codes."""
+def frames_of(tokenizer: SpeechTokenizer, clip: Clip, features: str) -> tuple[Tensor, Tensor]:
+    """(codes (K, T), what the probe is given: these, or their vectors (D, T)) of a clip. Raises InputError if there are none."""
     parameter = next(tokenizer.parameters())
     with exact_convolutions():
         codes = tokenizer.encode(network_input(clip, tokenizer)[None].to(parameter.device, parameter.dtype)).codes
     if codes is None:
         raise InputError(f"a {tokenizer.system} tokenizer has latents, not codes: the probe reads codes")
-    return codes[0].cpu().clone()
+    kept = codes[0].cpu().clone()
+    return kept, kept if features == "entries" else tokenizer.code_vectors(codes)[0].float().cpu().clone()
 
 
 def padded(clips: Sequence[Said], row: int) -> tuple[Tensor, Tensor]:
-    """(codes (B, K, T), frames (B,)) of a row's clips."""
-    codes = [said.codes[row].T for said in clips]
-    return pad_sequence(codes, batch_first=True).transpose(1, 2), torch.tensor([len(c) for c in codes])
+    """(frames (B, ·, T), how many of each (B,)) of a row's clips."""
+    frames = [said.frames[row].T for said in clips]
+    return pad_sequence(frames, batch_first=True).transpose(1, 2), torch.tensor([len(f) for f in frames])
 
 
 # --- the probe --------------------------------------------------------------------------------------------------------------
@@ -193,8 +234,8 @@ def train_probe(
         total, counted = 0.0, 0
         for start in range(0, len(order), settings.batch_size):
             taken = [learned[i] for i in order[start : start + settings.batch_size]]
-            codes, frames = padded(taken, row)
-            losses = ctc_losses(probe(codes.to(device), frames), frames * probe.repeat, [texts[said.key] for said in taken])
+            given, frames = padded(taken, row)
+            losses = ctc_losses(probe(given.to(device), frames), frames * probe.repeat, [texts[said.key] for said in taken])
             losses = losses[losses.isfinite()]
             if not len(losses):
                 continue
@@ -225,8 +266,8 @@ def train_probe(
 def hear(probe: CTCProbe, said: Said, row: int, alphabet: Alphabet) -> tuple[float, str]:
     """(CTC loss in nats a character, the most likely text by frames) of a clip alone."""
     probe.eval()
-    codes, frames = padded([said], row)
-    log_probabilities = probe(codes.to(next(probe.parameters()).device), frames)
+    given, frames = padded([said], row)
+    log_probabilities = probe(given.to(next(probe.parameters()).device), frames)
     loss = ctc_losses(log_probabilities, frames * probe.repeat, [alphabet.encode(said.text)])
     return float(loss[0]), alphabet.decode(log_probabilities[0].argmax(1))
 
@@ -240,7 +281,9 @@ def probe_row(
     repeat = max(1, math.ceil(settings.frame_rate * tokenizer.hop / tokenizer.sample_rate - 1e-9))
     with torch.random.fork_rng():
         torch.manual_seed(stable_seed(settings.seed, "asr probe"))
-        probe = CTCProbe(tokenizer.codebook_sizes, repeat, alphabet.classes, settings).to(tokenizer.device)
+        inward: nn.Module = Entries(tokenizer.codebook_sizes, settings.width) if settings.features == "entries" else Vectors(
+            torch.cat([said.frames[row] for said in train], dim=1), settings.width)
+        probe = CTCProbe(inward, repeat, alphabet.classes, settings).to(tokenizer.device)
         curve, epoch = train_probe(probe, train, row, alphabet, settings, progress)
     heard = [hear(probe, said, row, alphabet) for said in held_out]
     losses = [loss for loss, _ in heard if math.isfinite(loss)]
@@ -279,8 +322,8 @@ def probe_asr(
     if baseline:
         rows.append((UNTRAINED_LABEL, "untrained", untrained_copy(model, settings.seed)))
     tokenizers, rate = [tokenizer for _, _, tokenizer in rows], sample_rate or model.sample_rate
-    known, silent = code_clips(tokenizers, progress(train, "coding the training clips"), rate, settings.normaliser)
-    tested, untold = code_clips(tokenizers, progress(held_out, "coding the held-out clips"), rate, settings.normaliser)
+    known, silent = code_clips(tokenizers, progress(train, "coding the training clips"), rate, settings)
+    tested, untold = code_clips(tokenizers, progress(held_out, "coding the held-out clips"), rate, settings)
     twice = {said.digest for said in known} & {said.digest for said in tested}
     if twice:
         raise DataError(f"{len(twice)} of the held-out clips are among the training clips: give other clips (--held-out)")
@@ -292,8 +335,8 @@ def probe_asr(
         "probe": "asr", "n": len(tested), "keys": [said.key for said in tested], "rows": results, "margins": margins(results),
         "texts": [said.text for said in tested],
         "protocol": {
-            "data": data or {}, "sample_rate": rate, "features": FEATURES, "network": "bidirectional LSTM, CTC on characters",
-            "normaliser": build_normaliser(settings.normaliser).name, **asdict(settings),
+            **asdict(settings), "data": data or {}, "sample_rate": rate, "features": FEATURES[settings.features],
+            "network": "bidirectional LSTM, CTC on characters", "normaliser": build_normaliser(settings.normaliser).name,
             "training_clips": len(known), "training_seconds": math.fsum(said.seconds for said in known),
             "held_out_seconds": math.fsum(said.seconds for said in tested),
             "without_text": {"training": silent, "held_out": untold},

@@ -220,6 +220,13 @@ class SpeechTokenizer(Tokenizer):
         """Entries of each of the K codebooks."""
         return [self.codebook_size] * self.codebooks
 
+    def code_vectors(self, codes: Tensor) -> Tensor:
+        """The quantized vectors (B, D, T) that codes (B, K, T) stand for. Raises InputError of a tokenizer that keeps none."""
+        quantizer: Any = getattr(self, "quantizer", None)
+        if not hasattr(quantizer, "decode"):
+            raise InputError(f"a {self.system} tokenizer does not show the vectors of its codes")
+        return quantizer.decode(codes)
+
     def encode_stream(self, context: float = CONTEXT_SECONDS) -> Stream:
         """`encode` in pieces, from audio (B, channels, n) to codes; `tokenizers_lab.chunks` and `.streaming` use it.
 

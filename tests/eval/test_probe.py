@@ -1,7 +1,7 @@
 """The recognizer on frozen codes: it reads what codes say, and nothing where they say nothing."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,12 +10,13 @@ from torch import nn
 from tokenizers_lab.cli.main import call
 from tokenizers_lab.data.batch import SpeechBatch
 from tokenizers_lab.errors import ConfigError, DataError, InputError
-from tokenizers_lab.eval.probe_asr import Alphabet, CTCProbe, ProbeSettings, ctc_losses, probe_asr
+from tokenizers_lab.eval.probe_asr import Alphabet, CTCProbe, Entries, ProbeSettings, Vectors, ctc_losses, probe_asr
 from tokenizers_lab.eval.speech_candidates import Clip
 from tokenizers_lab.tokenizer import SpeechEncoding, SpeechTokenizer
 
 LETTERS = "abcdefgh "
-SETTINGS = ProbeSettings(width=32, layers=1, frame_rate=40, dropout=0.0, lr=3e-2, epochs=14, batch_size=4, selection=6)
+SETTINGS = ProbeSettings(width=32, layers=1, frame_rate=40, dropout=0.0, lr=3e-2, epochs=14, batch_size=4, selection=6,
+                         features="entries")
 
 
 @dataclass
@@ -124,7 +125,7 @@ def test_a_text_longer_than_its_frames_has_no_loss_and_does_no_harm():
 
 def test_a_clip_is_read_alike_alone_and_in_a_batch():
     torch.manual_seed(0)
-    probe = CTCProbe([5, 5], 2, 4, SETTINGS).eval()
+    probe = CTCProbe(Entries([5, 5], SETTINGS.width), 2, 4, SETTINGS).eval()
     codes = torch.randint(0, 5, (2, 2, 6))
     together = probe(codes, torch.tensor([6, 4]))
     torch.testing.assert_close(together[1:, :8], probe(codes[1:, :, :4], torch.tensor([4])))
@@ -139,16 +140,17 @@ def test_what_cannot_be_probed_is_refused():
         def encode(self, audio, lengths=None):
             return SpeechEncoding(latents=audio)
 
-    from tokenizers_lab.eval.probe_asr import codes_of
+    from tokenizers_lab.eval.probe_asr import frames_of
 
     with pytest.raises(InputError, match="has latents, not codes"):
-        codes_of(Latents(SpellerConfig()), Clip("x", torch.zeros(1, 800), 16_000))
+        frames_of(Latents(SpellerConfig()), Clip("x", torch.zeros(1, 800), 16_000), "entries")
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("tokenizers_lab.cli.eval.load_model", lambda name, device: Speller(SpellerConfig()))
     out = tmp_path / "probe.json"
-    words = ["probe", "asr", "speller", "--limit", "2", "--epochs", "1", "--width", "2", "--out", str(out), "--device", "cpu"]
+    words = ["probe", "asr", "speller", "--limit", "2", "--epochs", "1", "--width", "2", "--out", str(out), "--device", "cpu",
+             "--features", "entries"]
     assert call(words) == 0
     printed = capsys.readouterr().out
     assert "2 held-out clips" in printed and "word error rate" in printed and "of 9, 1 of 9; frames repeated 2 times" in printed
@@ -157,3 +159,29 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert call(["probe", "asr", "speller", "clips"]) == 2
     assert "name them by --held-out" in capsys.readouterr().err
     assert call(["probe"]) == 2
+
+
+class WithVectors(Speller):
+    """Whose codebook says where in the alphabet a letter is, in sines and cosines; codebook 1 says nothing."""
+
+    def code_vectors(self, codes):
+        angles = codes[:, 0, None] * torch.tensor([0.7, 1.4, 2.8])[:, None]
+        return 100 + 0.01 * torch.cat([angles.sin(), angles.cos()], 1)      # standardised by the probe
+
+
+def test_the_codecs_own_vectors_are_read_too():
+    settings = replace(SETTINGS, features="vectors")
+    found = probe_asr(WithVectors(SpellerConfig()), spoken(32, 1), spoken(6, 2), settings)
+    assert found["rows"][0]["metrics"]["cer"]["value"] < 3
+    assert found["protocol"]["features"].startswith("the codec's quantized vectors") and found["rows"][0]["codes_used"] == [9, 1]
+    with pytest.raises(InputError, match="does not show the vectors"):
+        probe_asr(Speller(SpellerConfig()), spoken(4, 1), spoken(2, 2), settings)
+
+
+def test_vectors_are_standardised():
+    examples = 5 + 3 * torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
+    inward = Vectors(examples, 4)
+    torch.nn.init.eye_(inward.linear.weight)
+    torch.nn.init.zeros_(inward.linear.bias)
+    given = inward(examples[None])[0]                                                                     # (T, D)
+    assert given.mean(0).abs().max() < 1e-4 and (given.std(0) - 1).abs().max() < 1e-4

@@ -9,8 +9,8 @@ from .common import add_model, device_of, say, show_progress
 
 help = "a recognizer on a speech codec's codes: held-out CTC loss, CER, WER"
 description = """Train a two-layer bidirectional LSTM with CTC on characters on the frozen codes of DATA, and give its loss, CER
-and WER on held-out clips, with 95 % intervals. It learns a vector for each entry of each codebook, and sees frames repeated to
-at least 50 a second: nothing of the codec but its codes. Every 10th training clip is kept to choose the epoch.
+and WER on held-out clips, with 95 % intervals. It is given the codec's quantized vectors, or with --features entries learns a
+vector for each entry of each codebook, repeated to at least 50 a second. Every 10th training clip is kept to choose the epoch.
 DATA is sample:speech (its training part, its other part is held out), a folder, a manifest or shards, with transcripts.
 MODEL is besides ours a peer, as of `toklab eval`: mimi:X, encodec:X, dac:X."""
 example = "toklab probe asr runs/xy_tokenizer-tiny-stage1 --baseline --out probe.json"
@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training clips; default: 60")
     parser.add_argument("--minutes", type=float, metavar="M", help="end each training after M minutes, whatever the epoch")
     parser.add_argument("--width", type=int, metavar="D", help="channels of the probe; default: 128")
+    parser.add_argument("--features", choices=["vectors", "entries"],
+                        help="vectors: the codec's own (default; not of every peer); entries: learned from the codes alone")
     parser.add_argument("--normaliser", choices=["basic", "english", "none"], help="of the transcripts; default: basic")
     parser.add_argument("--seed", type=int, metavar="S", help="of the probe, and of the random weights; default: 0")
     parser.add_argument("--out", metavar="JSON", help="write the result to this file")
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from .eval import load_model
     from .eval_table import show_rows
 
-    names = ("epochs", "minutes", "width", "normaliser", "seed")
+    names = ("epochs", "minutes", "width", "features", "normaliser", "seed")
     settings = ProbeSettings(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
     sources = parts_of(args.data, args.held_out)
     model = load_model(args.model, device_of(args))
