@@ -1,4 +1,4 @@
-"""The tiny recipes of codecs that know no text, trained to their end, beat trivial baselines on held-out data; the untrained networks do not."""
+"""The tiny recipes of codecs that know no text, trained to their end, beat a trivial baseline on held-out clips."""
 
 import pytest
 from tiny_recipes import check_recipe
