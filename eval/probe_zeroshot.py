@@ -1,7 +1,7 @@
 """Zero-shot classification: each image is given the class whose texts lie closest to it (CLIP, Radford et al. 2021, sec. 3.1).
 
-For tokenizers with `image_embedding(images)` and `text_embedding(texts)`. A class is the mean, of length 1 again, of its name in
-every template.
+For tokenizers with `image_embedding(images)` and `text_embedding(texts)`. A name is the mean, of length 1 again, of its texts in
+every template; a class may have several names, of which the closest counts.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -43,7 +43,8 @@ def read_templates(path: str | Path) -> list[str]:
 
 
 def read_classes(path: str | Path, labels: Sequence[str]) -> dict[str, str]:
-    """Label -> name from a file: `label<TAB>name` a line, or as many names as there are labels, in their order.
+    """Label -> name from a file: `label<TAB>name` a line, or as many names as there are labels, in their order. A name may be
+    several, with `|` between them.
 
     Raises InputError where a label has no name.
     """
@@ -68,7 +69,7 @@ def plain_names(labels: Sequence[str]) -> dict[str, str]:
 
 @torch.inference_mode()
 def class_embeddings(model: Any, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """(classes, W) of length 1, float32: the mean of a name's embeddings in all templates. Raises InputError if not finite."""
+    """(names, W) of length 1, float32: the mean of a name's embeddings in all templates. Raises InputError if not finite."""
     rows = []
     for name in names:
         found = model.text_embedding([template.replace("{}", name) for template in templates]).float()
@@ -98,10 +99,10 @@ def embedding_features(model: Any, label: str, role: str) -> ImageFeatures:
 
 
 def zeroshot_row(
-    source: ImageFeatures, vectors: Tensor, texts: Tensor, labels: Sequence[str], truth: Sequence[str]
+    source: ImageFeatures, vectors: Tensor, texts: Sequence[Tensor], labels: Sequence[str], truth: Sequence[str]
 ) -> dict[str, Any]:
-    """A row's answers. vectors: (N, W) of images; texts: (classes, W)."""
-    scores = SCALE * vectors @ texts.cpu().T
+    """A row's answers. vectors: (N, W) of images; texts: (names, W) of each class."""
+    scores = SCALE * torch.stack([(vectors @ names.cpu().T).amax(1) for names in texts], dim=1)      # (N, classes)
     best = scores.topk(min(TOP, len(labels)), dim=1).indices.tolist()
     right = [labels[numbers[0]] == name for numbers, name in zip(best, truth)]
     metrics = {"accuracy": accuracy(right)}
@@ -153,7 +154,7 @@ def probe_zeroshot(
     labels = list(named)
     rows = []
     for (_, _, network), source, vectors in zip(networks, sources, found.vectors):
-        texts = class_embeddings(network, list(named.values()), templates)
+        texts = [class_embeddings(network, [one.strip() for one in name.split("|")], templates) for name in named.values()]
         rows.append(zeroshot_row(source, vectors, texts, labels, found.classes))
     if baselines:
         rows.append(majority_row(found.classes, found.classes, "of these images"))
@@ -162,7 +163,8 @@ def probe_zeroshot(
         "margins": margins(rows, seed),
         "protocol": {
             "data": data or {}, "templates": list(templates), "templates_sha256": text_sha256(list(templates)),
-            "text_features": "mean over templates, of length 1", "logits": f"cosine × {SCALE:g}", "holdout": holdout,
+            "text_features": "mean over templates, of length 1; of several names the closest", "logits": f"cosine × {SCALE:g}",
+            "holdout": holdout,
             "forward_batch": forward_batch, "seed": seed, "images_sha256": found.sha256},
         "environment": environment(model.device),
     }

@@ -5,7 +5,9 @@
 
 About 780 photographs and drawings in 16 folders (animals, food, vehicles, …), which are their classes, with English captions.
 Pictures have transparent grounds, which become white. A fifth of each class is held out, chosen by a hash, the same
-everywhere. OUT receives train/ and val/, each with a manifest.jsonl (file, text, label) that `data.train` and `data.val` read.
+everywhere. OUT receives train/ and val/, each with a manifest.jsonl (file, text, label) that `data.train` and `data.val` read,
+and, for `toklab probe zeroshot --classes … --templates …`, classes.tsv, where a class is called by the captions of its training
+pictures, and templates.txt, which leaves these as they are.
 Needs Debian or a system with its packages, and dpkg-deb. The pictures are under the GPL: share them under it.
 """
 
@@ -68,6 +70,13 @@ with tempfile.TemporaryDirectory() as scratch:
             on_white(pair.image).save(file, optimize=True)
             rows.append(Row(f"{pair.key}.png", pair.text, label=pair.label))
         write_manifest(args.out / split / "manifest.jsonl", rows)
+        if split == "train":
+            called: dict[str, dict[str, None]] = {}      # captions of each class, each once, in order
+            for row in rows:
+                called.setdefault(row.label or "", {})[(row.text or "").replace("|", "/").replace("\t", " ")] = None
+            lines = [f"{label}\t{' | '.join(captions)}\n" for label, captions in sorted(called.items())]
+            (args.out / "classes.tsv").write_text("".join(lines), encoding="utf-8")
+            (args.out / "templates.txt").write_text("{}\n", encoding="utf-8")
         size = sum(file.stat().st_size for file in (args.out / split).rglob("*.png")) / 1e6
         table.add_row(split, str(len({r.label for r in rows})), str(len(rows)), str(len({r.text for r in rows})), f"{size:.1f}")
 Console().print(table)

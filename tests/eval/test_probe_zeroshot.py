@@ -101,6 +101,12 @@ def test_a_class_is_the_mean_over_templates_of_length_one():
     assert found[0].norm() == pytest.approx(1)      # long texts do not count more
 
 
+def test_of_several_names_the_closest_counts():
+    several = dict(zip("012", ["thing | red", "green|thing", "blue"]))
+    found = probe_zeroshot(Namer.trained(), images([4, 4, 4]), ["{}"], class_names=lambda labels: several)
+    assert found["rows"][0]["metrics"]["accuracy"]["value"] == 100 and found["classes"] == several
+
+
 def test_a_fifth_of_each_class_can_be_measured_alone():
     result = probe_zeroshot(Namer.trained(), images([10, 5, 5]), class_names=named, holdout=5)
     assert result["n"] == 4 and sorted(result["true"]) == ["0", "0", "1", "2"]

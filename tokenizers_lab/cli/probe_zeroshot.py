@@ -11,7 +11,8 @@ description = """Give each image of DATA the class whose name, put into template
 right, with a 95 % interval, beside the same network untrained and the images' most frequent class. For tokenizers that compare
 images with texts (VTP). Images are scaled to a square without keeping their aspect, as VTP's authors do.
 DATA has a folder for each class, or a manifest with labels; of a folder that holds train/ and val/, val/ is measured.
---classes FILE: lines label<TAB>name, or one name a line in the order of the classes; default: the folders' names.
+--classes FILE: lines label<TAB>name, or one name a line in the order of the classes; default: the folders' names. With | between
+them a class has several names, of which the closest counts.
 --templates FILE: one a line, with {} where the name goes; default: twelve plain ones (CLIP's eighty come from such a file)."""
 example = "toklab probe zeroshot runs/vtp-tiny data/tuxpaint --out zeroshot.json"
 
