@@ -9,8 +9,9 @@ from tokenizers_lab import config
 from tokenizers_lab.config import describe, find_recipe, list_recipes, load_config, override_objective, save_config
 from tokenizers_lab.config_help import field_help
 from tokenizers_lab.errors import ConfigError
-from tokenizers_lab.models.rectok.config import ModelConfig, ObjectiveConfig, TeacherConfig, ViTConfig
+from tokenizers_lab.models.rectok.config import ModelConfig, ObjectiveConfig, ViTConfig
 from tokenizers_lab.settings import ImageDataConfig, RunConfig
+from tokenizers_lab.teachers.vision_config import VisionTeacherConfig
 
 BASE = """\
 system: rectok
@@ -61,7 +62,7 @@ def test_sections_merge_and_values_replace(write):
     cfg = load_config(write("model: {encoder: {depth: 3}}\nobjective: {teachers: {other: {source: o}}}\n"
                             "stages:\n- {name: two, epochs: 2, weights: {mse: 2}}\n"))
     assert cfg.model.encoder == ViTConfig(32, 3, 2)                                  # merged
-    assert cfg.objective.teachers == {"other": TeacherConfig(source="o")}            # replaced, neither default nor base stay
+    assert cfg.objective.teachers == {"other": VisionTeacherConfig(source="o")}      # replaced, neither default nor base stay
     assert cfg.objective.gamma == 0.5
     assert [s.name for s in cfg.stages] == ["two"] and cfg.stages[0].weights == {"mse": 2.0}
 
@@ -78,8 +79,8 @@ def test_overrides_reach_into_lists_and_dicts(write):
         "objective.teachers.new.source=n",
         "model.encoder={depth: 4}", "train.precision=no", "name=2024_01", "train.optimizer.eps=1e-6", "data.val=null"])
     assert cfg.stages[0].steps == 11 and cfg.stages[0].weights == {"mse": 1.0, "kl": 1e-6, "gan": 2.0}
-    assert cfg.objective.teachers["small"] == TeacherConfig("timm", "s", 64)
-    assert cfg.objective.teachers["new"] == TeacherConfig(source="n")
+    assert cfg.objective.teachers["small"] == VisionTeacherConfig("timm", "s", 64)
+    assert cfg.objective.teachers["new"] == VisionTeacherConfig(source="n")
     assert cfg.model.encoder == ViTConfig(32, 4, 2)
     assert (cfg.train.precision, cfg.name, cfg.train.optimizer.eps, cfg.data.val) == ("no", "2024_01", 1e-6, None)
 
@@ -206,7 +207,7 @@ def test_every_packaged_recipe_loads_and_saves(name, tmp_path):
 def test_override_objective_is_a_new_checked_instance():
     before = ObjectiveConfig()
     after = override_objective(before, {"gamma": 0, "teachers": {"a": {"source": "s"}}})
-    assert type(after) is ObjectiveConfig and after.gamma == 0.0 and after.teachers == {"a": TeacherConfig(source="s")}
+    assert type(after) is ObjectiveConfig and after.gamma == 0.0 and after.teachers == {"a": VisionTeacherConfig(source="s")}
     assert before == ObjectiveConfig()
     with pytest.raises(ConfigError, match="objective has no option 'gama'; nearest: 'gamma'"):
         override_objective(before, {"gama": 0})

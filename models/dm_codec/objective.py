@@ -16,12 +16,7 @@ from tokenizers_lab.discriminators.result import Judgement
 from tokenizers_lab.distillation import dimension_distance, frame_distance
 from tokenizers_lab.draw import Draw
 from tokenizers_lab.errors import ConfigError
-from tokenizers_lab.losses.adversarial import (
-    feature_matching,
-    frozen_parameters,
-    least_squares_discriminator,
-    least_squares_generator,
-)
+from tokenizers_lab.losses.adversarial import adversarial_by_family, discrimination_by_family, sum_of
 from tokenizers_lab.losses.spectral import MultiScaleMelLoss
 from tokenizers_lab.quantizers.result import QuantizerResult
 from tokenizers_lab.teachers.cache import FeatureSource
@@ -212,16 +207,8 @@ class DMCodecObjective(Objective):
 
     def adversarial(self, coded: Coded) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(least-squares generator loss, feature matching × 2) of each family, summed over its members."""
-        with frozen_parameters(self.discriminators):
-            with torch.no_grad():
-                real = self.judge(coded.audio)
-            fake = self.judge(coded.reconstruction)
-        gan = {family: sum_of(least_squares_generator(m.logits) for m in members) for family, members in fake.items()}
-        matching = {
-            family: 2 * sum_of(feature_matching(r.features, f.features) for r, f in zip(real[family], members))
-            for family, members in fake.items()
-        }
-        return gan, matching
+        gan, matching = adversarial_by_family(self.judge, self.discriminators, coded.audio, coded.reconstruction)
+        return gan, {family: 2 * value for family, value in matching.items()}
 
     def losses(self, made: list[Coded], batch: Any, active: frozenset[str]) -> Losses:
         """The active terms of a forward, in float32."""
@@ -260,17 +247,5 @@ class DMCodecObjective(Objective):
 
     def discriminator_losses(self, real: Tensor, fake: Tensor) -> Losses:
         """The least-squares loss of each family, summed over its members. Real first: spectral norm iterates at each forward."""
-        with torch.autocast(real.device.type, enabled=False):
-            judged = self.judge(real), self.judge(fake.detach())
-            terms = {
-                family: sum_of(least_squares_discriminator(r.logits, f.logits) for r, f in zip(judged[0][family], members))
-                for family, members in judged[1].items()
-            }
-        logs = {f"logits_{name}": torch.stack([m.logits.detach().mean() for members in views.values() for m in members]).mean()
-                for name, views in zip(("real", "fake"), judged)}
-        return Losses(terms, logs=logs)
-
-
-def sum_of(values: Any) -> Tensor:
-    """Sum of scalars."""
-    return torch.stack(list(values)).sum()
+        losses, logs = discrimination_by_family(self.judge, real, fake)
+        return Losses(losses, logs=logs)

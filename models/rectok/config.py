@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers_lab.errors import ConfigError
+from tokenizers_lab.teachers.vision_config import VisionTeacherConfig
 
 TERMS = ("mse", "perceptual", "kl", "semantic", "gan")
 CHOICES = {
@@ -42,20 +43,10 @@ class ModelConfig:
 
 
 @dataclass
-class TeacherConfig:
-    """A frozen network whose patch features the semantic decoder predicts."""
-
-    backend: str = "transformers"     # transformers, timm, asset (see `toklab assets`), random (transformers config, seeded)
-    source: str = "facebook/dinov3-vitl16-pretrain-lvd1689m"   # hub id, local path, timm name or asset name
-    input_size: int = 0               # pixels a side given to the network; 0: as published for this kind of teacher
-    config: dict[str, str] = field(default_factory=dict)       # backend random: the network's config
-
-
-@dataclass
 class ObjectiveConfig:
     """Losses of the paper (section 3). Weights live in the stages."""
 
-    teachers: dict[str, TeacherConfig] = field(default_factory=lambda: {"dinov3": TeacherConfig()})
+    teachers: dict[str, VisionTeacherConfig] = field(default_factory=lambda: {"dinov3": VisionTeacherConfig()})
     semantic_decoder: ViTConfig = field(default_factory=lambda: ViTConfig(192, 3, 4))
     semantic_kind: str = "transformer"       # transformer or mlp
     semantic_input: str = "noisy"            # noisy: x_t; clean: the posterior sample

@@ -13,10 +13,11 @@ from tokenizers_lab.distillation import feature_distance
 from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.nn.rope import axial_table
 from tokenizers_lab.parity import GivenDraw
+from tokenizers_lab.teachers.vision_config import VisionTeacherConfig
 from tokenizers_lab.tokenizer import load_weights, read_weights
 from tokenizers_lab.training.objective import weighted_sum
 
-from .config import ModelConfig, ObjectiveConfig, TeacherConfig
+from .config import ModelConfig, ObjectiveConfig
 from .convert import Converted, from_official, official_name, official_shape
 from .model import RecTok
 from .objective import Noised, RecTokObjective
@@ -78,7 +79,7 @@ def build_objective(folder: Path, config: dict[str, Any], converted: Converted) 
     networks = teachers(folder, config, list(semantic.widths))
     objective = RecTokObjective(
         ObjectiveConfig(
-            teachers={name: TeacherConfig(backend="random") for name in semantic.widths},
+            teachers={name: VisionTeacherConfig(backend="random") for name in semantic.widths},
             semantic_decoder=semantic.size,
             semantic_kind=arguments.get("sem_dec_type", "transformer"),
             semantic_input="noisy" if arguments.get("sem_input_type", "noisy") == "noisy" else "clean",

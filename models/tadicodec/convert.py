@@ -12,7 +12,7 @@ from tokenizers_lab.nn.mel import MelConfig
 from tokenizers_lab.tokenizer import check_fit
 
 from .config import ModelConfig, VocoderConfig
-from .convert_vocoder import WINDOW, rename, vocoder_from_official, vocoder_name, vocoder_sizes
+from .convert_vocoder import rename, vocoder_from_official, vocoder_sizes, vocoder_to_official
 from .model import TaDiCodec
 
 RELEASE = "the official TaDiCodec checkpoint"      # in errors
@@ -89,17 +89,14 @@ def from_official(checkpoint: Mapping[str, Any], config: Mapping[str, Any] | Non
 
 def to_official(tokenizer: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The official state dict from ours, the vocoder's under `vocoder.…`: the inverse of `from_official`."""
-    made = {official_name(k): v for k, v in tokenizer.items()} | code_constants(tokenizer["to_code.bias"].shape[0])
-    head = tokenizer.get(f"{VOCODER}head.out.bias")
-    if head is not None:
-        made[VOCODER + WINDOW] = torch.hann_window(head.shape[0] - 2)
-    return made
+    voice = {k.removeprefix(VOCODER): v for k, v in tokenizer.items() if k.startswith(VOCODER)}
+    made = {official_name(k): v for k, v in tokenizer.items() if not k.startswith(VOCODER)}
+    made |= code_constants(tokenizer["to_code.bias"].shape[0])
+    return made | {VOCODER + k: v for k, v in vocoder_to_official(voice).items()} if voice else made
 
 
 def official_name(key: str) -> str:
-    """The official key of one of ours."""
-    if key.startswith(VOCODER):
-        return VOCODER + vocoder_name(key.removeprefix(VOCODER))
+    """The official key of one of the codec's."""
     return rename(key, RENAMES)
 
 

@@ -68,10 +68,10 @@ def vocoder_from_official(state: Mapping[str, Tensor], vocoder: nn.Module) -> di
     return {k: state[name] for k, name in names.items()}
 
 
-def vocoder_to_official(vocoder: nn.Module) -> dict[str, Tensor]:
-    """The official state dict of ours: the inverse of `vocoder_from_official`."""
-    assert isinstance(vocoder, Vocos)
-    return {vocoder_name(k): v for k, v in vocoder.state_dict().items()} | {WINDOW: vocoder.head.istft.window}
+def vocoder_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The official state dict of our Vocos' one: the inverse of `vocoder_from_official`."""
+    window = torch.hann_window(state["head.out.bias"].shape[0] - 2)
+    return {vocoder_name(k): v for k, v in state.items()} | {WINDOW: window}
 
 
 # --- discriminators ---------------------------------------------------------------------------------------------------------

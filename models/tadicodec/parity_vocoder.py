@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_lab.discriminators.result import Judgement
-from tokenizers_lab.losses.adversarial import least_squares_generator
+from tokenizers_lab.losses.adversarial import least_squares_generator, sum_of
 from tokenizers_lab.nn.vocos import Vocos
 from tokenizers_lab.tokenizer import load_weights, read_weights
 from tokenizers_lab.training.objective import weighted_sum
@@ -19,7 +19,7 @@ from .convert_vocoder import (
     vocoder_objective,
     vocoder_sizes,
 )
-from .vocoder import VocoderLosses, sum_of
+from .vocoder import VocoderLosses
 from .vocoder_config import VOCODER_TERMS
 
 FAMILIES = {"period": "period_gan", "spectral": "spec_gan"}      # ours: the authors'

@@ -1,6 +1,5 @@
 """Losses of TaDiCodec's vocoder: mel distance at seven scales, period and spectral discriminators (Amphion's Vocos recipe)."""
 
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +7,7 @@ from torch import Tensor, nn
 from tokenizers_lab.discriminators.mpd import MultiPeriodDiscriminator
 from tokenizers_lab.discriminators.result import Judgement
 from tokenizers_lab.discriminators.spectrogram import MultiResolutionSpectrogramDiscriminator
-from tokenizers_lab.losses.adversarial import (
-    feature_matching,
-    frozen_parameters,
-    least_squares_discriminator,
-    least_squares_generator,
-)
+from tokenizers_lab.losses.adversarial import adversarial_by_family, discrimination_by_family, sum_of
 from tokenizers_lab.losses.multiscale_mel import MultiWindowMelLoss
 from tokenizers_lab.training.objective import Judge, Losses
 
@@ -69,39 +63,13 @@ class VocoderLosses:
             if "mel" in active:
                 terms["mel"] = self.mel(fake, real)
             if active & {"gan", *MATCHING}:
-                gan, matching = self.adversarial(real, fake)
+                gan, matching = adversarial_by_family(self.judge, self.discriminators, real, fake)
                 terms |= {"gan": sum_of(gan.values())} if "gan" in active else {}
                 terms |= {term: matching[family] for term, family in MATCHING.items() if term in active}
                 logs |= {f"gan_{family}": value.detach() for family, value in gan.items()}
         return Losses(terms, fake=fake, real=real, logs=logs)
 
-    def adversarial(self, real: Tensor, fake: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(least-squares generator loss, feature matching) of each family, summed over its members."""
-        with frozen_parameters(self.discriminators):
-            with torch.no_grad():
-                real_views = self.judge(real)
-            fake_views = self.judge(fake)
-        gan = {family: sum_of(least_squares_generator(m.logits) for m in members) for family, members in fake_views.items()}
-        matching = {
-            family: sum_of(feature_matching(r.features, f.features) for r, f in zip(real_views[family], members, strict=True))
-            for family, members in fake_views.items()
-        }
-        return gan, matching
-
     def discriminator_losses(self, real: Tensor, fake: Tensor) -> Losses:
         """The least-squares loss of each family, summed over its members, of audio (B, 1, samples); `fake` is detached."""
-        with torch.autocast(real.device.type, enabled=False):
-            judged = self.judge(real), self.judge(fake.detach())
-            terms = {
-                family: sum_of(
-                    least_squares_discriminator(r.logits, f.logits) for r, f in zip(judged[0][family], members, strict=True))
-                for family, members in judged[1].items()
-            }
-        logs = {f"logits_{name}": torch.stack([m.logits.detach().mean() for members in views.values() for m in members]).mean()
-                for name, views in zip(("real", "fake"), judged)}
-        return Losses(terms, logs=logs)
-
-
-def sum_of(values: Iterable[Tensor]) -> Tensor:
-    """Sum of scalars."""
-    return torch.stack(list(values)).sum()
+        losses, logs = discrimination_by_family(self.judge, real, fake)
+        return Losses(losses, logs=logs)

@@ -5,6 +5,7 @@ from typing import Any
 
 from tokenizers_lab.diffusion.flow import DISTRIBUTIONS, NORMS, TimeConfig
 from tokenizers_lab.errors import ConfigError
+from tokenizers_lab.teachers.vision_config import VisionTeacherConfig
 
 TERMS = ("flow", "distill", "semantic", "dispersive")
 ENCODERS = ("internvit", "timm", "transformers")
@@ -50,16 +51,6 @@ class ModelConfig:
 
 
 @dataclass
-class TeacherConfig:
-    """A frozen network whose patch features the term `semantic` follows."""
-
-    backend: str = "transformers"     # transformers, timm, asset (see `toklab assets`), random (transformers config, seeded)
-    source: str = "facebook/dinov2-base"      # hub id, local path, timm name or asset name
-    input_size: int = 0               # pixels a side given to the network; 0: as published for this kind of teacher
-    config: dict[str, str] = field(default_factory=dict)      # backend random: the network's config
-
-
-@dataclass
 class ObjectiveConfig:
     """Losses of the paper (section 3). Weights live in the stages."""
 
@@ -67,7 +58,7 @@ class ObjectiveConfig:
     time_per: str = "patch"           # one time a patch, or one an image: patch, image
     norm: str = "l2"                  # of the flow loss: l2, l1
     beta: float = 2.0                 # how much a layer's misalignment raises its weight in the distillation; 0: not
-    semantic_teacher: TeacherConfig | None = None     # of the term semantic; none: there is no such term
+    semantic_teacher: VisionTeacherConfig | None = None     # of the term semantic; none: there is no such term
 
 
 def check_model(cfg: ModelConfig, where: str = "model") -> None:

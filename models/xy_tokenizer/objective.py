@@ -4,7 +4,6 @@ No training code is published. Stage 1 has the terms `asr`, `mel` and `commitmen
 `feature_matching`, and trains the decoder only.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,12 +15,7 @@ from tokenizers_lab.discriminators.msstft import MultiScaleSTFTDiscriminator
 from tokenizers_lab.discriminators.result import Judgement
 from tokenizers_lab.draw import Draw
 from tokenizers_lab.errors import ConfigError
-from tokenizers_lab.losses.adversarial import (
-    feature_matching,
-    frozen_parameters,
-    least_squares_discriminator,
-    least_squares_generator,
-)
+from tokenizers_lab.losses.adversarial import adversarial_by_family, discrimination_by_family, sum_of
 from tokenizers_lab.losses.multiscale_mel import MultiWindowMelLoss
 from tokenizers_lab.teachers.listening import build_listener
 from tokenizers_lab.training.objective import Judge, Losses, Objective
@@ -81,19 +75,6 @@ class XYTokenizerObjective(Objective):
         """Every discriminator's view of audio (B, 1, samples), by family."""
         return {family: network(audio) for family, network in self.discriminators.items()}
 
-    def adversarial(self, audio: Tensor, reconstruction: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(least-squares generator loss, feature matching) of each family, summed over its members."""
-        with frozen_parameters(self.discriminators):
-            with torch.no_grad():
-                real = self.judge(audio)
-            fake = self.judge(reconstruction)
-        gan = {family: sum_of(least_squares_generator(m.logits) for m in members) for family, members in fake.items()}
-        matching = {
-            family: sum_of(feature_matching(r.features, f.features) for r, f in zip(real[family], members))
-            for family, members in fake.items()
-        }
-        return gan, matching
-
     def generator_losses(
         self, tokenizer: nn.Module, batch: Any, draw: Draw, active: frozenset[str], judge: Judge | None = None
     ) -> Losses:
@@ -116,7 +97,7 @@ class XYTokenizerObjective(Objective):
             if "commitment" in active:
                 terms["commitment"] = coded.quantized.losses["commitment"]
             if "gan" in active or "feature_matching" in active:
-                gan, matching = self.adversarial(audio, reconstruction)
+                gan, matching = adversarial_by_family(self.judge, self.discriminators, audio, reconstruction)
                 terms |= {"gan": sum_of(gan.values())} if "gan" in active else {}
                 terms |= {"feature_matching": sum_of(matching.values())} if "feature_matching" in active else {}
                 logs |= {f"gan_{family}": value.detach() for family, value in gan.items()}
@@ -125,15 +106,8 @@ class XYTokenizerObjective(Objective):
 
     def discriminator_losses(self, real: Tensor, fake: Tensor) -> Losses:
         """The least-squares loss of each family, summed over its members. Real first: spectral norm iterates at each forward."""
-        with torch.autocast(real.device.type, enabled=False):
-            judged = self.judge(real), self.judge(fake.detach())
-            terms = {
-                family: sum_of(least_squares_discriminator(r.logits, f.logits) for r, f in zip(judged[0][family], members))
-                for family, members in judged[1].items()
-            }
-        logs = {f"logits_{name}": torch.stack([m.logits.detach().mean() for members in views.values() for m in members]).mean()
-                for name, views in zip(("real", "fake"), judged)}
-        return Losses(terms, logs=logs)
+        losses, logs = discrimination_by_family(self.judge, real, fake)
+        return Losses(losses, logs=logs)
 
 
 def rest(tokenizer: XYTokenizer) -> None:
@@ -153,8 +127,3 @@ def silent_padding(audio: Tensor, reconstruction: Tensor, lengths: Tensor) -> tu
     samples = min(audio.shape[2], reconstruction.shape[2])
     inside = torch.arange(samples, device=audio.device) < lengths[:, None, None]      # (B, 1, samples)
     return audio[..., :samples].float() * inside, reconstruction[..., :samples].float() * inside
-
-
-def sum_of(values: Iterable[Tensor]) -> Tensor:
-    """Sum of scalars."""
-    return torch.stack(list(values)).sum()

@@ -13,16 +13,18 @@ from tokenizers_lab.diffusion import flow
 from tokenizers_lab.distillation import feature_distance
 from tokenizers_lab.draw import Draw
 from tokenizers_lab.errors import ConfigError
-from tokenizers_lab.models.rectok.config import TERMS, ModelConfig, ObjectiveConfig, TeacherConfig, ViTConfig, check_objective
+from tokenizers_lab.models.rectok.config import TERMS, ModelConfig, ObjectiveConfig, ViTConfig, check_objective
 from tokenizers_lab.models.rectok.model import RecTok
 from tokenizers_lab.models.rectok.objective import RecTokObjective
+from tokenizers_lab.teachers.vision_config import VisionTeacherConfig
 
 SMALL = ModelConfig(image_size=32, patch=8, latent_channels=6, encoder=ViTConfig(32, 1, 4), decoder=ViTConfig(32, 1, 4))
 DINO = {
     "model_type": "dinov3_vit", "hidden_size": "16", "intermediate_size": "24", "num_hidden_layers": "1",
     "num_attention_heads": "2", "patch_size": "8", "image_size": "32",
 }
-TEACHERS = {"a": TeacherConfig("random", config=DINO), "b": TeacherConfig("random", config={**DINO, "hidden_size": "24"})}
+TEACHERS = {"a": VisionTeacherConfig("random", config=DINO),
+            "b": VisionTeacherConfig("random", config={**DINO, "hidden_size": "24"})}
 CONFIG = ObjectiveConfig(
     teachers={"a": TEACHERS["a"]}, semantic_decoder=ViTConfig(16, 1, 2), lpips="none", logits_network="none",
     discriminator_width=4, discriminator_layers=2, mask_ratio=0.5, mask_ratio_type="fixed",

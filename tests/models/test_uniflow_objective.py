@@ -11,10 +11,11 @@ from tokenizers_lab.data.batch import ImageBatch
 from tokenizers_lab.diffusion.pixel_flow import patchify
 from tokenizers_lab.draw import Draw
 from tokenizers_lab.errors import ConfigError
-from tokenizers_lab.models.uniflow.config import TERMS, EncoderConfig, ModelConfig, ObjectiveConfig, TeacherConfig
+from tokenizers_lab.models.uniflow.config import TERMS, EncoderConfig, ModelConfig, ObjectiveConfig
 from tokenizers_lab.models.uniflow.model import UniFlow
 from tokenizers_lab.models.uniflow.objective import UniFlowObjective, dispersive_loss, layer_weights, self_distillation
 from tokenizers_lab.settings import StageConfig
+from tokenizers_lab.teachers.vision_config import VisionTeacherConfig
 
 SMALL = ModelConfig(
     image_size=32, patch=8, latent_channels=6, encoder=EncoderConfig(width=32, depth=3, heads=4, hidden=48, drop_path=0.3),
@@ -24,7 +25,7 @@ DINO = {
     "model_type": "dinov3_vit", "hidden_size": "16", "intermediate_size": "24", "num_hidden_layers": "1",
     "num_attention_heads": "2", "patch_size": "8", "image_size": "32",
 }
-CONFIG = ObjectiveConfig(semantic_teacher=TeacherConfig("random", config=DINO))
+CONFIG = ObjectiveConfig(semantic_teacher=VisionTeacherConfig("random", config=DINO))
 STAGE = StageConfig(name="flow", weights={"flow": 1.0, "distill": 1.0})
 ALL = frozenset(TERMS)
 
