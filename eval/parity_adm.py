@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,20 @@ from .statistics import Statistics, compute_statistics
 OVERFLOW = 100.0      # the folder's float32 entries: features times this overflow half precision
 
 
+def adm_statistics(features: Tensor) -> Statistics:
+    """Statistics (N, D) with ADM's mean: summed row by row in the features' own float32, which moves a distance by some 1e-7."""
+    mean = torch.from_numpy(features.numpy().mean(axis=0)).double()
+    return replace(compute_statistics(features), mean=mean)
+
+
 def compute(folder: str | Path, given: Mapping[str, Tensor], draw: Any = None) -> dict[str, Tensor]:
     """Every output of the parity folder from its inputs `given`; there is nothing random, `draw` is not used."""
     config = json.loads((Path(folder) / "config.json").read_text())
     k = config["nearest_neighbour_k"]
     reference, samples = given["features_ref"], given["features_sample"]
-    spatial = [compute_statistics(given[name]) for name in ("spatial_sample", "spatial_ref")]
-    of_reference, of_samples = compute_statistics(reference), compute_statistics(samples)
-    of_few = compute_statistics(samples[: config["rank_deficient_case"]["samples"]])
+    spatial = [adm_statistics(given[name]) for name in ("spatial_sample", "spatial_ref")]
+    of_reference, of_samples = adm_statistics(reference), adm_statistics(samples)
+    of_few = adm_statistics(samples[: config["rank_deficient_case"]["samples"]])
     stored = Statistics(given["stats_given.mu"].double(), given["stats_given.sigma"].double(), None)
     logits = samples.double() @ given["softmax_weight"].double()
     split_size = config["inception_score_splits_case"]["split_size"]
@@ -46,7 +53,6 @@ def compute(folder: str | Path, given: Mapping[str, Tensor], draw: Any = None) -
         inside = in_manifold(samples * scale, reference * scale, radii_ref, "adm-float16")
         covered = in_manifold(reference * scale, samples * scale, radii_sample, "adm-float16")
         numbers |= {f"precision{suffix}": float(inside.double().mean()), f"recall{suffix}": float(covered.double().mean())}
-        found[f"radii_ref{suffix}"] = radii_ref[:, None] / scale**2
-        if not suffix:      # the folder has no float32 entry of these
-            found["radii_sample"] = radii_sample[:, None]
+        found |= {f"radii_{name}{suffix}": radii[:, None] / scale**2 for name, radii in
+                  (("ref", radii_ref), ("sample", radii_sample))}
     return found | {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
