@@ -3,24 +3,26 @@
 velocity: (x (B, ...), t (B,)) → (B, ...). The times go to the network as a vector, one an item, in float32 (float64 where x is).
 noise: (B, ...) the state at the first time, drawn by the caller; give it in float32 to add up in float32 under autocast.
 times: (n + 1,) strictly rising or falling, a tensor or numbers: any list of steps, by either clock (`FlowPath.times`).
-All are deterministic, keep gradients (decoders call them under no_grad) and take any guidance: it wraps the velocity.
+They keep gradients (decoders call them under no_grad) and take any guidance: it wraps the velocity. All are deterministic but
+`euler_maruyama`, which is no `Sampler`: it is given a noise for each step too.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tokenizers_lab.diffusion.flow import Velocity
+from tokenizers_lab.diffusion.flow import Velocity, shift_time
 from tokenizers_lab.errors import ConfigError, InputError
 
 Times = Tensor | Sequence[float]
 
 
 class Sampler(Protocol):
-    """What all samplers are."""
+    """What all deterministic samplers are."""
 
     def __call__(self, velocity: Velocity, noise: Tensor, times: Times) -> Tensor:
         """The state at the last of the times, of the noise's shape."""
@@ -84,6 +86,49 @@ def dopri5(velocity: Velocity, noise: Tensor, times: Times, rtol: float = 1e-3, 
         return velocity(x, time.expand(len(x))).to(wide)
 
     return odeint(derivative, noise.to(wide), ends, method="dopri5", rtol=rtol, atol=atol)[-1].to(noise.dtype)
+
+
+def euler_maruyama(
+    velocity: Velocity, noise: Tensor, times: Times, step_noise: Callable[[int], Tensor], diffusion: float = 2.0
+) -> Tensor:
+    """Euler–Maruyama of the reverse-time SDE that has the flow's marginals (SiT, Ma et al. 2024; REG samples by it).
+
+    By the noise clock of the path without σ_min, x_t = (1 − t) · data + t · N(0, 1):
+    x += (v − ½ g² · score) · Δt + √(g² · |Δt|) · n, with g² = diffusion · t and score = −(x + (1 − t) · v) / t; no noise in the
+    last step. The score is affine in v, so a guided v is the same as a guided drift.
+    times: falling, within [0, 1]; REG's are `sde_times(250)`. step_noise: step 0, 1, … → N(0, 1) of the noise's shape, the
+    caller's, so that each item can have a seed of its own; not asked for at the last step. diffusion: 0 is `euler`.
+    The state is float64; the network is given float32 (float64 where noise is), and that is what comes back.
+    Raises InputError on times by the other clock or outside [0, 1], a negative diffusion, or a step's noise of another shape.
+    """
+    steps = list(steps_of(times))
+    if not 1 >= steps[0][0] > steps[-1][1] >= 0 or diffusion < 0:
+        given = f"{steps[0][0]:g} to {steps[-1][1]:g} and {diffusion:g}"
+        raise InputError(f"euler_maruyama needs times that fall from at most 1 to at least 0 and a diffusion ≥ 0, got {given}")
+    wide = torch.promote_types(noise.dtype, torch.float32)
+    x = noise.double()
+    for i, (start, end) in enumerate(steps):
+        seen = x.to(wide)
+        v = velocity(seen, at_time(start, seen)).double()
+        score = -(x + (1 - start) * v) / start
+        x = x + (v - 0.5 * diffusion * start * score) * (end - start)
+        if i < len(steps) - 1 and diffusion > 0:
+            n = step_noise(i)
+            if n.shape != x.shape:
+                raise InputError(f"the noise of step {i} is {tuple(n.shape)}, the state {tuple(x.shape)}")
+            x = x + math.sqrt(diffusion * start * (start - end)) * n.to(x)
+    return x.to(wide)
+
+
+def sde_times(steps: int, last: float = 0.04, shift: float = 1.0, stop: float = 0.0) -> Tensor:
+    """The steps + 1 times of `euler_maruyama`, float64: linspace(1, last, steps), then stop; shifted as `FlowPath.times` does.
+
+    last: where the last step, which adds no noise, begins (REG and SiT: 0.04). Raises InputError on values out of range.
+    """
+    if steps < 1 or shift <= 0 or not 0 <= stop < last < 1:
+        given = f"{steps}, {last}, {stop} and {shift}"
+        raise InputError(f"an SDE's times need steps ≥ 1, last in (0, 1), stop in [0, last) and shift > 0, got {given}")
+    return shift_time(torch.cat([torch.linspace(1, last, steps, dtype=torch.float64), torch.tensor([stop]).double()]), shift)
 
 
 SAMPLERS: dict[str, Sampler] = {
