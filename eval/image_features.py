@@ -78,26 +78,32 @@ def _drawn(tokenizer: ImageTokenizer, latents: Tensor | None) -> Tensor | None:
     return latents * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
 
 
-def layer_features(tokenizer: ImageTokenizer, label: str, role: str = "model", last: int = 1) -> ImageFeatures:
-    """Class tokens of the last blocks and the mean patch token of the last one, as DINOv2's and VTP's probes take them.
+def layer_features(
+    tokenizer: ImageTokenizer, label: str, role: str = "model", layers: Sequence[int] = (-1,)
+) -> ImageFeatures:
+    """Class tokens of these layers (from 0; negative: from the end) and the mean patch token of the last named, as DINOv2's and
+    VTP's probes take them; of a network without a class token the mean patch token of each.
 
-    For tokenizers with a method `features(images, layers)` that gives class_token (B, D) and patch_tokens (B, N, D) of each of
-    these blocks, final norm applied. Raises InputError for others.
+    For tokenizers with a method `features(images, layers)` that gives patch_tokens (B, N, D) and class_token (B, D), or none, of
+    each. Raises InputError for others.
     """
     if not callable(getattr(tokenizer, "features", None)):
         raise InputError(f"{label} ({tokenizer.system}) has no features of layers: probe its latents (--features latents)")
-    if last < 1:
-        raise ConfigError(f"--blocks must be at least 1, not {last}")
+    if not layers:
+        raise ConfigError("features need a layer")
     method: Any = tokenizer.features
     dtype = next(tokenizer.parameters()).dtype
 
     def compute(images: Tensor, keys: Sequence[str]) -> Tensor:
-        found = list(method(images.to(dtype), list(range(-last, 0))))
-        tokens = [one.class_token for one in found] + [found[-1].patch_tokens.mean(dim=1)]
+        found = list(method(images.to(dtype), list(layers)))
+        tokens = [one.patch_tokens.mean(dim=1) if one.class_token is None else one.class_token for one in found]
+        if found[-1].class_token is not None:
+            tokens.append(found[-1].patch_tokens.mean(dim=1))
         return torch.cat([token.float() for token in tokens], dim=1)
 
-    which = "last block" if last == 1 else f"last {last} blocks"
-    name = f"class tokens of the {which} and mean patch token of the last"
+    one = len(layers) == 1
+    which = f"layer{'' if one else 's'} {', '.join(map(str, layers))}"
+    name = f"class token of {which} and mean patch token of the last, or the latter alone where there is no class token"
     return ImageFeatures(label, role, name, compute, describe(tokenizer, role), tokenizer.device, tokenizer.downsample)
 
 

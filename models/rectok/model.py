@@ -1,9 +1,12 @@
 """The RecTok tokenizer (arXiv 2512.13421): a ViT autoencoder with a diagonal-Gaussian latent."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from tokenizers_lab.errors import InputError
+from tokenizers_lab.nn.layer_tokens import LayerTokens, checked_layers
 from tokenizers_lab.nn.masking import TokenMask, gather_tokens, restore_tokens
 from tokenizers_lab.nn.patch import PatchEmbed, depth_to_space, init_positions, resize_positions, to_grid, to_tokens
 from tokenizers_lab.nn.rope import axial_table
@@ -35,13 +38,17 @@ class Encoder(nn.Module):
 
         With a mask only the visible tokens are computed, in the mask's shuffled order; without, all, row by row.
         """
-        rows, cols = images.shape[2] // self.patch, images.shape[3] // self.patch
-        tokens = self.embed(images.to(self.embed.weight.dtype) * 2 - 1)                   # (B, N, width)
-        tokens = tokens + resize_positions(self.positions, rows, cols)
-        rope = axial_table(self.transformer.head_dim, rows, cols, tokens.device)          # (N, 2 · head width)
+        tokens, rope = self.tokens(images)
         if mask is not None:
             tokens, rope = gather_tokens(tokens, mask.keep), rope[mask.keep]
         return self.head(self.transformer(tokens, rope))
+
+    def tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters the transformer: tokens (B, N, width) and their rotary table (N, 2 · head width)."""
+        rows, cols = images.shape[2] // self.patch, images.shape[3] // self.patch
+        tokens = self.embed(images.to(self.embed.weight.dtype) * 2 - 1)
+        tokens = tokens + resize_positions(self.positions, rows, cols)
+        return tokens, axial_table(self.transformer.head_dim, rows, cols, tokens.device)
 
 
 class Decoder(nn.Module):
@@ -115,6 +122,16 @@ class RecTok(ImageTokenizer):
             raise InputError(f"latents must be {wanted}, not {latents.dtype} {tuple(latents.shape)}")
         tokens = to_tokens(latents) * self.latent_std + self.latent_mean
         return self.decoder(tokens, (latents.shape[2], latents.shape[3])).clamp(0, 1)
+
+    def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[LayerTokens]:
+        """Patch tokens after each of these blocks of the encoder (from 0; negative: from the end), normed by its final norm.
+
+        Raises InputError on unusable images and on blocks that are not there.
+        """
+        self.check_images(images)
+        transformer = self.encoder.transformer
+        blocks = checked_layers(layers, len(transformer.blocks))
+        return [LayerTokens(tokens) for tokens in transformer.intermediate(*self.encoder.tokens(images), blocks)]
 
 
 class SemanticTransformer(nn.Module):

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from tokenizers_lab.errors import ConfigError, InputError
 from tokenizers_lab.nn.dinov3_vit import TokenFeatures
+from tokenizers_lab.nn.layer_tokens import checked_layers
 from tokenizers_lab.nn.patch import to_grid, to_tokens
 from tokenizers_lab.nn.text_transformer import TextTransformer
 from tokenizers_lab.teachers.preprocess import IMAGENET_MEAN, IMAGENET_STD
@@ -79,10 +80,7 @@ class VTP(ImageTokenizer):
         on blocks that are not there.
         """
         self.check_images(images)
-        wrong = [number for number in layers if not -self.trunk.depth <= number < self.trunk.depth]
-        if wrong:
-            raise InputError(f"the trunk has the blocks 0 to {self.trunk.depth - 1}, but {wrong[0]} was asked for")
-        return self.trunk.intermediate(self.normalise(images), layers)
+        return self.trunk.intermediate(self.normalise(images), checked_layers(layers, self.trunk.depth, "the trunk"))
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """(B, W) of length 1, to be compared with `text_embedding`. Raises InputError on unusable images, ConfigError without

@@ -16,6 +16,7 @@ from tokenizers_lab.eval.image_features import ImageFeatures, latent_features, l
 from tokenizers_lab.eval.labelled import accuracy, class_namer, collect_labelled, hold_out, margins, wilson_interval
 from tokenizers_lab.eval.probe_linear import PENALTIES, RATES, LinearSettings, fit_lbfgs, fit_sgd, logits, probe_linear
 from tokenizers_lab.nn.dinov3_vit import TokenFeatures
+from tokenizers_lab.nn.layer_tokens import LayerTokens
 from tokenizers_lab.settings import ImageDataConfig
 
 COLOURS = {"blue": (0.2, 0.3, 0.8), "green": (0.2, 0.7, 0.3), "red": (0.8, 0.2, 0.2)}
@@ -160,8 +161,17 @@ def test_features_of_latents_and_of_blocks(fitted):
             patches = torch.arange(4.0).repeat(2, 1)[..., None]
             return [TokenFeatures(torch.full((2, 1), float(number)), patches) for number in layers]
 
-    found = layer_features(Deep(fitted.cfg), "x", last=3).compute(images, ["a", "b"])
-    assert found.tolist() == [[-3, -2, -1, 1.5]] * 2
+    found = layer_features(Deep(fitted.cfg), "x", layers=(-3, 5, -1)).compute(images, ["a", "b"])
+    assert found.tolist() == [[-3, 5, -1, 1.5]] * 2
+
+    class Classless(Toy):
+        def features(self, images, layers):
+            return [LayerTokens(number + torch.arange(4.0).repeat(2, 1)[..., None]) for number in layers]
+
+    found = layer_features(Classless(fitted.cfg), "x", layers=(0, 2)).compute(images, ["a", "b"])
+    assert found.tolist() == [[1.5, 3.5]] * 2
+    with pytest.raises(ConfigError, match="need a layer"):
+        layer_features(Classless(fitted.cfg), "x", layers=())
 
 
 def test_margins_are_paired():
@@ -206,7 +216,9 @@ def test_the_command(tmp_path, fitted, toy_system, capsys):
     assert "9 training images are left out" in capsys.readouterr().out and json.loads(out.read_text())["n"] == 9
     for extra, message in (
         (["--val", "x", "--holdout", "3"], "does not go with --holdout"), (["--features", "blocks"], "no features of layers"),
-        (["--blocks", "2"], "these are latents"), (["--grid", "0"], "--grid must be at least 1"),
+        (["--blocks", "2"], "these are latents"), (["--layers", "0,1"], "these are latents"),
+        (["--features", "blocks", "--layers", "0", "--blocks", "2"], "give one of them"),
+        (["--features", "blocks", "--layers", "0,a"], "numbers with commas"), (["--grid", "0"], "--grid must be at least 1"),
     ):
         assert call([*words, *extra]) == 2
         assert message in capsys.readouterr().err

@@ -12,8 +12,9 @@ description = """Fit a linear classifier to frozen features of the training imag
 ones, with 95 % intervals, beside the same network untrained, 8 × 8 pixels, and the most frequent class.
 DATA has a folder for each class, or a manifest with labels; a folder that holds train/ and val/ is both parts. Without --val,
 one image in five of each class is held out, always the same ones.
-Features: of a tokenizer that has features of layers (VTP) class and mean patch token of its last blocks, before the bottleneck;
-of every other the mean of its latents over positions. --grid G keeps G × G positions of the latents.
+Features: of a tokenizer that is trained with captions (VTP) class and mean patch token of its last block, before the bottleneck;
+of every other the mean of its latents over positions. --grid G keeps G × G positions of the latents. --features blocks takes
+those of an encoder's layers of any tokenizer that has them (of VFM-VAE: of its frozen network), --layers or --blocks say which.
 Solvers: lbfgs (logistic regression, float64; the penalty is chosen on a fifth of the training images), sgd (DINOv2's and VTP's
 thirteen learning rates, on features of images without augmentation; what the held-out images would choose is given too)."""
 example = "toklab probe linear runs/vtp-tiny data/tuxpaint --out linear.json"
@@ -26,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="the training images, or a folder that holds train/ and val/")
     parser.add_argument("--val", metavar="DATA", help="the images to measure on; default: DATA's val/, or a fixed fifth of DATA")
     parser.add_argument("--features", choices=["auto", "blocks", "latents"], default="auto",
-                        help="default: of blocks where the model has them, else latents")
+                        help="default: of blocks where the model is trained with captions, else latents")
     parser.add_argument("--blocks", type=int, metavar="N", help="class tokens of the last N blocks; default: 1")
+    parser.add_argument("--layers", metavar="N,N", help="of these layers, from 0, or from the end: --layers=-4,-1")
     parser.add_argument("--grid", type=int, metavar="G", help="latents: average to G × G positions; default: 1, their mean")
     parser.add_argument("--teacher", metavar="NET", help="also probe a frozen network, as of toklab eval --teacher")
     parser.add_argument("--solver", choices=["lbfgs", "sgd"], help="default: lbfgs")
@@ -107,16 +109,21 @@ def sources_of(args: argparse.Namespace, model: Any) -> list[Any]:
     from tokenizers_lab.eval import image_features as features
     from tokenizers_lab.eval.candidates import UNTRAINED_LABEL, untrained_copy
 
-    has_blocks = callable(getattr(model, "features", None))
-    blocks = args.features == "blocks" or (args.features == "auto" and args.grid is None and has_blocks)
+    given = [name for name in ("blocks", "layers") if getattr(args, name) is not None]
+    has = {name: callable(getattr(model, name, None)) for name in ("features", "text_embedding")}
+    wanted = has["features"] and (has["text_embedding"] or bool(given))
+    blocks = args.features == "blocks" or (args.features == "auto" and args.grid is None and wanted)
     if blocks and args.grid is not None:
         raise InputError("--grid is for latents: give --features latents")
-    if not blocks and args.blocks is not None:
-        raise InputError("--blocks is for features of blocks, and these are latents")
+    if not blocks and given:
+        raise InputError(f"--{given[0]} is for features of blocks, and these are latents")
+    if len(given) == 2:
+        raise InputError("--blocks and --layers both say which layers: give one of them")
+    layers = layer_numbers(args.layers) if args.layers is not None else list(range(-(args.blocks or 1), 0))
 
     def of(network: Any, label: str, role: str) -> Any:
         if blocks:
-            return features.layer_features(network, label, role, args.blocks or 1)
+            return features.layer_features(network, label, role, layers)
         return features.latent_features(network, label, role, args.grid or 0)
 
     sources = [of(model, args.model, "model")]
@@ -127,6 +134,16 @@ def sources_of(args: argparse.Namespace, model: Any) -> list[Any]:
         random = " (random weights)" if "random weights" in teacher.provenance else ""
         sources.append(features.teacher_features(teacher, f"teacher {args.teacher}{random}"))
     return sources if args.no_baselines else [*sources, features.pixel_features()]
+
+
+def layer_numbers(text: str) -> list[int]:
+    """Of "-4,-1" or "0, 5". Raises InputError on anything else."""
+    from tokenizers_lab.errors import InputError
+
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise InputError(f"--layers {text}: write numbers with commas between them, such as --layers=0,5 or --layers=-4,-1") from None
 
 
 def parts_of(data: str, val: str | None, holdout: int | None) -> tuple[str, str | None]:

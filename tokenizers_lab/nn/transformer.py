@@ -1,5 +1,7 @@
 """Pre-norm transformer of the vision systems: RMS norm, attention with rotary positions, SwiGLU."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -74,7 +76,7 @@ class BlockStack(nn.Module):
 
     checkpointing: bool = False
 
-    def run(self, block: nn.Module, x: Tensor, *given: Tensor) -> Tensor:
+    def run(self, block: nn.Module, x: Tensor, *given: Tensor | None) -> Tensor:
         """block(x, *given)."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, *given, use_reentrant=False)      # keeps the random state: blocks may drop paths
@@ -93,10 +95,16 @@ class Transformer(BlockStack):
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         """x: (B, N, width); rope: (N, 2·head_dim) or (B, N, 2·head_dim)."""
-        x = self.norm_in(x)
-        for block in self.blocks:
+        return self.intermediate(x, rope, [len(self.blocks) - 1])[0]
+
+    def intermediate(self, x: Tensor, rope: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """As `forward`, after each of these blocks (from 0), in the order asked for."""
+        x, found = self.norm_in(x), {}
+        for number, block in enumerate(self.blocks[: max(blocks) + 1]):
             x = self.run(block, x, rope)
-        return self.norm_out(x)
+            if number in blocks:
+                found[number] = self.norm_out(x)
+        return [found[number] for number in blocks]
 
 
 def set_activation_checkpointing(module: nn.Module, on: bool) -> int:
