@@ -1,5 +1,7 @@
 """The UniFlow tokenizer (arXiv 2510.10575): a vision transformer's tokens as latents, and a flow that paints each patch."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,8 @@ from tokenizers_lab.diffusion.noise import start_noise
 from tokenizers_lab.diffusion.pixel_flow import TIME_SCALE, PixelFlow, unpatchify
 from tokenizers_lab.diffusion.samplers import euler
 from tokenizers_lab.errors import InputError
-from tokenizers_lab.nn.patch import resize_positions, to_grid, to_tokens
+from tokenizers_lab.nn.layer_tokens import LayerTokens, checked_layers
+from tokenizers_lab.nn.patch import resize_positions, sincos_positions, to_grid, to_tokens
 from tokenizers_lab.nn.transformer import BlockStack
 from tokenizers_lab.nn.vit import MLP, ViTBlock, init_linear
 from tokenizers_lab.tokenizer import ImageEncoding, ImageTokenizer
@@ -113,6 +116,16 @@ class UniFlow(ImageTokenizer):
         pixels = unpatchify(rows.unflatten(0, condition.shape[:2]), grid, self.cfg.patch)
         return (pixels * self.pixel_std + self.pixel_mean).clamp(0, 1)
 
+    def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[LayerTokens]:
+        """Patch tokens after each of these layers of the encoder (from 0; negative: from the end), before any final norm.
+
+        Raises InputError on unusable images and on layers that are not there.
+        """
+        self.check_images(images)
+        places = checked_layers(layers, self.encoder.depth)
+        states = self.encoder(self.normalise(images), every_layer=True)
+        return [LayerTokens(states[place]) for place in places]
+
     def sample(
         self,
         condition: Tensor,
@@ -159,16 +172,3 @@ def sampling_times(steps: int, power: float) -> list[float]:
     """The steps + 1 times from noise (0) to pixels (1). Raises InputError on values out of range."""
     with torch.device("cpu"):      # also while a model is built on the meta device
         return PATH.times(steps, power=power).tolist()
-
-
-def sincos_positions(side: int, width: int) -> Tensor:
-    """Sines and cosines of a square grid, (1, side², width), width a multiple of 4: the column's half first, then the row's.
-
-    width/4 frequencies 10000^(−j/(width/4)); each half is sines, then cosines. The device is the default one.
-    """
-    quarter = width // 4
-    frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies               # (side, quarter)
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)                                 # (side, 2 · quarter)
-    cols, rows = axis[None].expand(side, -1, -1), axis[:, None].expand(-1, side, -1)
-    return torch.cat([cols, rows], dim=-1).reshape(1, side**2, width).float()

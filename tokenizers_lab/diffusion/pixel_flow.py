@@ -1,15 +1,11 @@
 """The patch-wise pixel flow network: the velocity of each patch's pixels under its token (UniFlow, sec. 3; after MAR's)."""
 
-import math
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenizers_lab.nn.dit import TimeEmbedding
 from tokenizers_lab.nn.vit import init_linear
 
-FREQUENCIES = 128        # of the time embedding
-LONGEST = 10_000.0       # its longest period over 2π
 TIME_SCALE = 1000.0      # the network is told 1000 · t
 EPS = 1e-6               # of the layer norms
 
@@ -25,20 +21,6 @@ def unpatchify(rows: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """The inverse of `patchify` for a grid of (rows, columns): (B, N, c·patch·patch) → (B, c, H, W)."""
     parts = rows.unflatten(2, (-1, patch, patch)).unflatten(1, grid)                   # (B, h, w, c, patch, patch)
     return parts.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-
-
-class TimeEmbedding(nn.Module):
-    """Cosines and sines of the time, then linear, SiLU, linear."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, time: Tensor) -> Tensor:
-        """time: (R,), about 0 to 1000. Returns (R, width)."""
-        index = torch.arange(FREQUENCIES, device=time.device, dtype=torch.float32)
-        angles = time.float()[:, None] * torch.exp(-math.log(LONGEST) * index / FREQUENCIES)      # float32: half would lose τ
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class ResidualBlock(nn.Module):

@@ -48,3 +48,16 @@ def to_tokens(grid: Tensor) -> Tensor:
 def init_positions(count: int, width: int) -> nn.Parameter:
     """Learned position embeddings (1, count, width), normal with standard deviation width^−½."""
     return nn.Parameter(torch.randn(1, count, width) * width**-0.5)
+
+
+def sincos_positions(side: int, width: int) -> Tensor:
+    """Sines and cosines of a square grid, (1, side², width), width a multiple of 4: the column's half first, then the row's.
+
+    width/4 frequencies 10000^(−j/(width/4)); each half is sines, then cosines. The device is the default one.
+    """
+    quarter = width // 4
+    frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies               # (side, quarter)
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)                                 # (side, 2 · quarter)
+    cols, rows = axis[None].expand(side, -1, -1), axis[:, None].expand(-1, side, -1)
+    return torch.cat([cols, rows], dim=-1).reshape(1, side**2, width).float()

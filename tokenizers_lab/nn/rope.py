@@ -98,6 +98,23 @@ def _cached_centred_table(
         return _centred_table(head_dim, rows, cols, device, prefix, periods, coordinates)
 
 
+def integer_table(head_dim: int, rows: int, cols: int, device: torch.device | str | None = None) -> Tensor:
+    """Table of a rows × cols token grid for `apply_paired`: (rows·cols, 2·head_dim), cosines then sines, row by row, float32.
+
+    Positions are integers; the first half of the channels turns with the row, the second with the column, each at
+    head_dim / 4 frequencies from 1 down towards 1/10,000, the same for both channels of a pair (Fang et al. 2024, EVA-02;
+    LightningDiT). Raises ValueError if head_dim is no multiple of 4.
+    """
+    if head_dim % 4:
+        raise ValueError(f"axial rotary embeddings need a head width that is a multiple of 4, not {head_dim}")
+    half = head_dim // 2
+    exponents = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
+    frequencies = (1 / SEQUENCE_BASE**exponents).repeat_interleave(2)                      # (head_dim / 2,)
+    by_row, by_col = (torch.arange(n, dtype=torch.float32, device=device)[:, None] * frequencies for n in (rows, cols))
+    angles = torch.cat([by_row[:, None].expand(rows, cols, -1), by_col[None].expand(rows, cols, -1)], dim=-1).flatten(0, 1)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
 def apply_paired(x: Tensor, table: Tensor) -> Tensor:
     """x·cos + R(x)·sin, where R turns each pair of neighbouring channels by 90 degrees: R(a, b) = (−b, a).
 
