@@ -1,11 +1,13 @@
 """The VFM-VAE tokenizer (arXiv 2510.18457): a frozen foundation model, a small projection to latents, a strong decoder."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenizers_lab.errors import InputError
+from tokenizers_lab.nn.layer_tokens import LayerTokens, checked_layers
 from tokenizers_lab.quantizers.fsq import ProjectedFSQ
 from tokenizers_lab.quantizers.gaussian import DiagonalGaussian
 from tokenizers_lab.quantizers.grouped import GroupedVQ
@@ -109,6 +111,15 @@ class VFMVAE(ImageTokenizer):
             plain = latents * self.latent_std.view(shape) + self.latent_mean.view(shape)
         image = self.images(plain.to(self.latent_mean.dtype))[0]
         return (image * 0.5 + 0.5).clamp(0, 1)
+
+    def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[LayerTokens]:
+        """What the frozen foundation model says of images after each of these blocks, or stages of a CNN (from 0; negative: from
+        the end): patch tokens, and the class token where it has one; of the last block behind the final norm, where its kind has one.
+
+        Training changes nothing of them. Raises InputError on unusable images and on layers that are not there.
+        """
+        self.check_images(images)
+        return self.vfm.tokens(images, checked_layers(layers, self.vfm.depth, "the foundation model"))
 
     def dequantize(self, codes: Tensor) -> Tensor:
         """Latents (B, C, h, w) of codes (B, K, h, w). Raises InputError on another shape or on codes that there are not."""
