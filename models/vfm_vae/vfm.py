@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenizers_lab.errors import CheckpointError, ConfigError
-from tokenizers_lab.network import load_weights
 from tokenizers_lab.nn.layer_tokens import LayerTokens
 from tokenizers_lab.nn.patch import to_tokens
 from tokenizers_lab.teachers.layers import blocks_of, hidden_layers, is_cnn, number_of, prefix_tokens, stage_features
@@ -75,12 +74,12 @@ class FoundationModel(nn.Module):
         if self.is_cnn:
             stages = list(self.network.feature_info)
             if any(not -len(stages) <= layer < len(stages) for layer in cfg.layers):
-            self.depth = len(stages)
                 raise ConfigError(f"model.vfm.layers {list(cfg.layers)}: {cfg.name} has the stages 0 to {len(stages) - 1}")
+            self.depth = len(stages)
             self.widths = [stages[layer]["num_chs"] for layer in cfg.layers]
             self.strides = [stages[layer]["reduction"] / cfg.scale for layer in cfg.layers]
-            self.depth = len(blocks_of(self.network))
         else:
+            self.depth = len(blocks_of(self.network))
             for layer in cfg.layers:
                 number_of(layer, self.depth)
             config: Any = getattr(self.network, "config", None)
@@ -119,6 +118,7 @@ class FoundationModel(nn.Module):
             rows, cols = values.shape[2] // self.patch, values.shape[3] // self.patch
             maps = [t[:, self.prefix :].transpose(1, 2).unflatten(2, (rows, cols)) for t in tokens]
         return Features([m if m.dtype == torch.float64 else m.float() for m in maps], pixels, output)
+
     @torch.no_grad()
     def tokens(self, images: Tensor, layers: Sequence[int]) -> list[LayerTokens]:
         """After these blocks, or stages of a CNN, from 0, of images (B, 3, H, W) in [0, 1]; the last block as layer −1."""
@@ -128,7 +128,6 @@ class FoundationModel(nn.Module):
         numbers = [-1 if layer == self.depth - 1 else layer + 1 for layer in layers]
         found, _ = hidden_layers(self.network, values, numbers, self.sight.final_norm)
         return [LayerTokens(t[:, self.prefix :], t[:, 0] if self.prefix else None) for t in found]
-
 
     def start(self, source: str) -> str:
         """Take the pretrained weights of a hub id, a folder, timm's name or an asset; returns where they are from.
