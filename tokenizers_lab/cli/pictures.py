@@ -37,13 +37,17 @@ class Geometry:
 def open_picture(file: str, multiple: int, size: int | None) -> tuple[Tensor, Geometry]:
     """An image (1, 3, H, W) in [0, 1] whose sides are multiples of `multiple`: padded by reflection, or with `size` the centre
     crop scaled to size × size. Raises DataError if it cannot be read, InputError on a size that does not fit."""
-    image = read_image(file)
+    pixels, geometry = fit_picture(read_image(file), multiple, size)
+    return pixels.float() / 255, geometry
+
+
+def fit_picture(image: Image.Image, multiple: int, size: int | None) -> tuple[Tensor, Geometry]:
+    """The same of an RGB image that was read, as uint8. Raises InputError on a size that does not fit."""
     file_height, file_width = image.height, image.width
     if size is not None:
         if size < 1 or size % multiple:
             raise InputError(f"--size must be a multiple of {multiple} for this model, not {size}")
-        pixels = to_tensor(fit_image(image, size))
-        return pixels, Geometry(file_height, file_width, size, size, size, 0, 0)
+        return to_tensor(fit_image(image, size)), Geometry(file_height, file_width, size, size, size, 0, 0)
     pixels = to_tensor(image)
     top, left = -file_height % multiple // 2, -file_width % multiple // 2
     padded = reflect(reflect(pixels, 2, multiple, top), 3, multiple, left)
@@ -62,8 +66,8 @@ def reflect(pixels: Tensor, axis: int, multiple: int, before: int) -> Tensor:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image to float32 (1, 3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    """RGB image to uint8 (1, 3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
 
 
 def save_png(images: Tensor, path: Path) -> None:

@@ -53,6 +53,7 @@ class ClipListing:
     speakers: Names
     languages: Names
     durations: np.ndarray            # (N,) float32 seconds; NaN: not known
+    labels: Names | None = None      # classes; empty: not known
 
     def __len__(self) -> int:
         return len(self.files)
@@ -62,6 +63,8 @@ class ClipListing:
         key = self.files[index]
         path = self.root / key
         about = {"text": self.texts[index], "speaker": self.speakers[index], "language": self.languages[index]}
+        if self.labels is not None:
+            about["label"] = self.labels[index]
         return Raw(key, str(path), path, {name: value or None for name, value in about.items()})
 
 
@@ -149,11 +152,11 @@ def _choose(
     if not chosen:
         what = f" between {shortest:g} and {longest:g} s long; widen data.min_seconds and data.max_seconds" if rows else ""
         raise DataError(f"{listed or root}: lists no clip{what}")
-    files, texts, speakers, languages = (
-        Names([getattr(row, name) or "" for row in chosen]) for name in ("file", "text", "speaker", "language")
+    files, texts, speakers, languages, labels = (
+        Names([getattr(row, name) or "" for row in chosen]) for name in ("file", "text", "speaker", "language", "label")
     )
     durations = np.array([math.nan if row.duration is None else row.duration for row in chosen], np.float32)
-    return ClipListing(root, files, texts, speakers, languages, durations)
+    return ClipListing(root, files, texts, speakers, languages, durations, labels if any(labels.sizes()) else None)
 
 
 def _timed(root: Path, row: Row) -> Row:

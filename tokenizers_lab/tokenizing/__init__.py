@@ -1,0 +1,1 @@
+"""Whole data sets to codes or latents: `toklab tokenize`."""
