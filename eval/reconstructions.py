@@ -12,8 +12,8 @@ from tokenizers_lab.data.folder import ImageFolder, open_folder
 from tokenizers_lab.data.sampling import spread
 from tokenizers_lab.data.sources import resolve_source
 from tokenizers_lab.errors import DataError, InputError
+from tokenizers_lab.network import CONFIG_FILE
 from tokenizers_lab.settings import ImageDataConfig
-from tokenizers_lab.tokenizer import CONFIG_FILE
 
 from .candidates import Candidate, Reconstruction
 from .gather import on_first

@@ -18,7 +18,8 @@ from tokenizers_lab.errors import CheckpointError, InputError, TokenizersLabErro
 from tokenizers_lab.models.rectok import convert
 from tokenizers_lab.models.rectok.config import ModelConfig, ViTConfig
 from tokenizers_lab.models.rectok.model import RecTok, SemanticTransformer
-from tokenizers_lab.tokenizer import CONFIG_FILE, WEIGHTS_FILE, Tokenizer
+from tokenizers_lab.network import CONFIG_FILE, WEIGHTS_FILE
+from tokenizers_lab.tokenizer import Tokenizer
 from tokenizers_lab.training.checkpoint import checkpoint_folder, save_checkpoint
 
 SMALL = ModelConfig(image_size=16, patch=8, latent_channels=6, encoder=ViTConfig(192, 3, 4), decoder=ViTConfig(192, 3, 4))
@@ -143,7 +144,7 @@ class Other(Tokenizer):
 
 def test_from_pretrained_checks_the_class(saved):
     assert isinstance(RecTok.from_pretrained(saved), RecTok)
-    with pytest.raises(CheckpointError, match="holds a rectok tokenizer, not other"):
+    with pytest.raises(CheckpointError, match="holds a rectok network, not other"):
         Other.from_pretrained(saved)
 
 

@@ -24,9 +24,11 @@ from tokenizers_lab.config_help import field_help
 from tokenizers_lab.config_yaml import parse_value, read_yaml
 from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.registry import System, get_system
-from tokenizers_lab.settings import ImageDataConfig, RunConfig, SpeechDataConfig, StageConfig
+from tokenizers_lab.settings import ImageDataConfig, LatentDataConfig, RunConfig, SpeechDataConfig, StageConfig
 
-DATA_CONFIGS: dict[str, type] = {"image": ImageDataConfig, "speech": SpeechDataConfig}      # by the system's kind
+DATA_CONFIGS: dict[str, type] = {      # by the system's kind
+    "image": ImageDataConfig, "speech": SpeechDataConfig, "generator": LatentDataConfig,
+}
 
 
 def load_config(path_or_name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:

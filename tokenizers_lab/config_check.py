@@ -8,7 +8,15 @@ from typing import Any
 from tokenizers_lab.config_fill import Origins, nearest
 from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.registry import get_system
-from tokenizers_lab.settings import ImageDataConfig, OptimizerConfig, RunConfig, SpeechDataConfig, StageConfig, TrainConfig
+from tokenizers_lab.settings import (
+    ImageDataConfig,
+    LatentDataConfig,
+    OptimizerConfig,
+    RunConfig,
+    SpeechDataConfig,
+    StageConfig,
+    TrainConfig,
+)
 
 CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     ImageDataConfig: {"crop": ("center", "random")},
@@ -31,6 +39,9 @@ NOT_NEGATIVE: dict[type, tuple[str, ...]] = {
     StageConfig: ("lr", "discriminator_lr", "warmup", "min_lr"),
     OptimizerConfig: ("weight_decay", "clip"),
 }
+CHOICES[LatentDataConfig] = CHOICES[ImageDataConfig]
+ABOVE_ZERO[LatentDataConfig] = ABOVE_ZERO[ImageDataConfig]
+NOT_NEGATIVE[LatentDataConfig] = NOT_NEGATIVE[ImageDataConfig]
 
 
 def check_values(section: Any, path: str, origins: Origins) -> None:

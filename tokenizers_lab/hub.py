@@ -24,8 +24,8 @@ from tokenizers_lab.assets import cache_dir
 from tokenizers_lab.config import override_objective
 from tokenizers_lab.errors import CheckpointError, ConfigError, InputError, TokenizersLabError, WeightsMissing
 from tokenizers_lab.model_card import model_card
+from tokenizers_lab.network import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Network, load_weights, read_config, read_weights
 from tokenizers_lab.registry import System, get_system, systems
-from tokenizers_lab.tokenizer import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, Tokenizer, load_weights, read_config, read_weights
 from tokenizers_lab.training.checkpoint import MANIFEST, list_checkpoints, load_torch, newest_checkpoint
 
 __all__ = [
@@ -40,8 +40,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 def load(
     name: str | os.PathLike[str], device: torch.device | str = "cpu", path: str | os.PathLike[str] | None = None
-) -> Tokenizer:
-    """The tokenizer of that name (see the top of this file), in eval mode; of a checkpoint, the moving average of the weights.
+) -> Network:
+    """The tokenizer, or generator, of that name (see the top of this file), in eval mode; of a checkpoint, the moving average of
+    the weights.
 
     path: for `<system>/official`, the authors' file or a folder of the hub's layout, instead of a download; the environment
     variable TOKENIZERS_LAB_OFFICIAL names such a folder too. Raises CheckpointError if the thing is missing, damaged or not
@@ -50,7 +51,7 @@ def load(
     return load_folder(resolve_folder(name, path)).to(device)
 
 
-def load_folder(folder: Path) -> Tokenizer:
+def load_folder(folder: Path) -> Network:
     """The tokenizer of a saved folder or a checkpoint, in eval mode on the CPU. Raises CheckpointError."""
     check_manifest(folder)
     config = read_config(folder)
@@ -91,12 +92,12 @@ def is_tokenizer(source: str) -> bool:
         return False
 
 
-def build_tokenizer(system: str, model_cfg: Any) -> Tokenizer:
+def build_tokenizer(system: str, model_cfg: Any) -> Network:
     """A new tokenizer of that system with random weights; works under `torch.device("meta")`."""
     return get_system(system).resolve("tokenizer")(model_cfg)
 
 
-def build_from_dict(system: str, model: dict[str, Any], source: str = "config.json") -> Tokenizer:
+def build_from_dict(system: str, model: dict[str, Any], source: str = "config.json") -> Network:
     """A tokenizer from the `system` and `model` of a saved config.json. Raises CheckpointError naming `source`.
 
     Its first weights are about to be overwritten: global random state is left as it was.
@@ -160,7 +161,7 @@ def _near_folder(path: Path) -> str:
 class OfficialWeights(NamedTuple):
     """The authors' weights in our form."""
 
-    tokenizer: Tokenizer              # in eval mode
+    tokenizer: Network              # in eval mode
     heads: dict[str, Tensor]          # of the objective's `heads`; empty if not released
 
 
@@ -323,7 +324,7 @@ def hub_snapshot(repo: str, patterns: list[str]) -> Path:
     return Path(folder)
 
 
-def push(tokenizer: Tokenizer, repo_id: str, private: bool = True, yes: bool = False) -> str:
+def push(tokenizer: Network, repo_id: str, private: bool = True, yes: bool = False) -> str:
     """Upload a tokenizer with its model card to the hub; returns the repository's address.
 
     Weights that were converted from, or started from, an authors' release carry its licence: pushing them asks first.

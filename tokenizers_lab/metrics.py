@@ -12,6 +12,7 @@ from tokenizers_lab.losses.spectral import MelSpectrogram, log_mel
 
 IMAGE_METRICS = ("psnr", "ssim")      # what image_metrics gives
 SPEECH_METRICS = ("mel", "sisdr")     # what speech_metrics gives
+GENERATOR_METRICS = ("velocity_mse",)     # what an objective of latents gives
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5     # Gaussian window of Wang et al. 2004
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 MEL_RATE, MEL_WINDOW, MEL_HOP, MEL_BANDS = 16_000, 1024, 256, 80     # of the mel distance: Hz, samples, samples, bands

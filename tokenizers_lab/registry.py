@@ -1,6 +1,5 @@
-"""Finds the systems: one folder each under `models/`, or an entry point of another package.
-
-A folder's `__init__.py` holds a `SYSTEM`; it imports nothing heavy, so that listing all systems is instant.
+"""Finds the systems: one folder each under `models/` and, of latent generators, `eval/generation/`, or an entry point of
+another package. A folder's `__init__.py` holds a `SYSTEM`; it imports nothing heavy, so that listing all systems is instant.
 """
 
 import difflib
@@ -13,6 +12,7 @@ from typing import Any, Literal
 from tokenizers_lab.errors import ConfigError
 
 ENTRY_POINT_GROUP = "tokenizers_lab.systems"
+PACKAGES = ("tokenizers_lab.models", "tokenizers_lab.eval.generation")
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class System:
     """What the library needs to know of a system. Fields with a colon are `module:attribute`, imported on use."""
 
     name: str
-    kind: Literal["image", "speech"]
+    kind: Literal["image", "speech", "generator"]      # a tokenizer of images or speech; a generator of images' latents
     paper: str                    # authors' title and arXiv number
     summary: str                  # one line for `toklab list`
     model_config: str             # dataclass of the network
     objective_config: str         # dataclass of the objective
-    tokenizer: str                # nn.Module class, a Tokenizer
+    tokenizer: str                # nn.Module class, a Tokenizer; of a generator, a LatentGenerator
     objective: str                # nn.Module class, an Objective
     convert: str | None = None    # module with OFFICIAL, from_official, to_official
     parity: str | None = None     # function (folder, given, draw) -> dict of tensors, for scripts/verify_parity.py
@@ -38,10 +38,11 @@ class System:
 
 
 def systems() -> dict[str, System]:
-    """Every system by name: the folders of `models/`, then entry points of other packages."""
-    package = importlib.import_module("tokenizers_lab.models")
-    names = [m.name for m in pkgutil.iter_modules(package.__path__) if m.ispkg]
-    found = {n: importlib.import_module(f"tokenizers_lab.models.{n}").SYSTEM for n in sorted(names)}
+    """Every system by name: the tokenizers, the generators, then entry points of other packages."""
+    found = {}
+    for name in PACKAGES:
+        folders = sorted(m.name for m in pkgutil.iter_modules(importlib.import_module(name).__path__) if m.ispkg)
+        found.update({folder: importlib.import_module(f"{name}.{folder}").SYSTEM for folder in folders})
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         found[entry.name] = entry.load()
     return found

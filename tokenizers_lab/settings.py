@@ -30,6 +30,13 @@ class ImageDataConfig:
 
 
 @dataclass
+class LatentDataConfig(ImageDataConfig):
+    """What a generator of latents learns from. A source is a folder of cached latents that `toklab latents` wrote, or images with
+    classes as above, which `objective.tokenizer` encodes in each step. Of cached latents only `flip`, `val_limit`, `samples`,
+    `shuffle_buffer`, `bad_fraction` and `workers` count."""
+
+
+@dataclass
 class SpeechDataConfig:
     """Speech for training and validation. A source is `sample:speech`, a folder, a manifest (.jsonl, .csv, .tsv),
     or webdataset shards as for images: a sound file and a JSON file for each clip, as Emilia has them."""

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_lab.errors import ConfigError
+from tokenizers_lab.network import load_weights, read_weights
 from tokenizers_lab.nn.dac import Snake
 from tokenizers_lab.parity import RowDraw
 from tokenizers_lab.quantizers.codebook import kmeans
 from tokenizers_lab.settings import OptimizerConfig, StageConfig
-from tokenizers_lab.tokenizer import load_weights, read_weights
 from tokenizers_lab.training.objective import Losses, weighted_sum
 from tokenizers_lab.training.optim import build_optimizer, learning_rate, set_learning_rate
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokenizers_lab.network import load_weights, read_weights
 from tokenizers_lab.teachers.language import LanguageTeacher
 from tokenizers_lab.teachers.ssl import CTCRecognizer, SSLTeacher
-from tokenizers_lab.tokenizer import load_weights, read_weights
 
 
 def teacher_tensors(folder: Path, config: dict[str, Any], audio: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -15,12 +15,12 @@ from tokenizers_lab.discriminators.dac import level_peak
 from tokenizers_lab.discriminators.mrd import ResolutionDiscriminator
 from tokenizers_lab.discriminators.result import Judgement
 from tokenizers_lab.losses.adversarial import feature_matching, hinge_discriminator
+from tokenizers_lab.network import load_weights, read_weights
 from tokenizers_lab.nn.mel import whisper_filters
 from tokenizers_lab.nn.resample import resample_julius
 from tokenizers_lab.parity import GivenDraw
 from tokenizers_lab.quantizers.dual import DualRVQ
 from tokenizers_lab.quantizers.factorised import FactorisedRVQ, dropout_levels
-from tokenizers_lab.tokenizer import load_weights, read_weights
 
 from .config import ModelConfig
 from .convert import official_names

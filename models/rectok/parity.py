@@ -11,10 +11,10 @@ from torch import Tensor
 from tokenizers_lab.data.batch import ImageBatch
 from tokenizers_lab.distillation import feature_distance
 from tokenizers_lab.errors import ConfigError
+from tokenizers_lab.network import load_weights, read_weights
 from tokenizers_lab.nn.rope import axial_table
 from tokenizers_lab.parity import GivenDraw
 from tokenizers_lab.teachers.vision_config import VisionTeacherConfig
-from tokenizers_lab.tokenizer import load_weights, read_weights
 from tokenizers_lab.training.objective import weighted_sum
 
 from .config import ModelConfig, ObjectiveConfig

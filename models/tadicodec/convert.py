@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokenizers_lab.errors import CheckpointError, ConfigError
+from tokenizers_lab.network import check_fit
 from tokenizers_lab.nn.mel import MelConfig
-from tokenizers_lab.tokenizer import check_fit
 
 from .config import ModelConfig, VocoderConfig
 from .convert_vocoder import rename, vocoder_from_official, vocoder_sizes, vocoder_to_official

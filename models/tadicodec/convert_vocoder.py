@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_lab.errors import CheckpointError, ConfigError
+from tokenizers_lab.network import check_fit
 from tokenizers_lab.nn.vocos import Vocos
-from tokenizers_lab.tokenizer import check_fit
 
 from .vocoder_config import VocoderObjectiveConfig
 

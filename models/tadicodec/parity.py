@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from tokenizers_lab.diffusion.flow import FlowPath
 from tokenizers_lab.diffusion.mel_flow import sinusoidal
+from tokenizers_lab.network import load_weights, read_weights
 from tokenizers_lab.nn.mel import vocoder_filters, vocoder_log_mel, vocoder_mel
 from tokenizers_lab.nn.rope import rotary_table
 from tokenizers_lab.parity import GivenDraw
 from tokenizers_lab.quantizers.bsq import BinaryQuantizer, mean_distribution
 from tokenizers_lab.settings import OptimizerConfig, StageConfig
-from tokenizers_lab.tokenizer import load_weights, read_weights
 from tokenizers_lab.training.objective import weighted_sum
 from tokenizers_lab.training.optim import build_optimizer, learning_rate, set_learning_rate
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from tokenizers_lab.discriminators.result import Judgement
 from tokenizers_lab.losses.adversarial import least_squares_generator, sum_of
+from tokenizers_lab.network import load_weights, read_weights
 from tokenizers_lab.nn.vocos import Vocos
-from tokenizers_lab.tokenizer import load_weights, read_weights
 from tokenizers_lab.training.objective import weighted_sum
 
 from .convert_vocoder import (

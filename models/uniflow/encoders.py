@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_lab.errors import CheckpointError, ConfigError
+from tokenizers_lab.network import CONFIG_FILE, load_weights, read_weights
 from tokenizers_lab.nn.patch import resize_positions
 from tokenizers_lab.nn.vit import InternViT
 from tokenizers_lab.teachers.networks import TRANSFORMERS_KINDS, local_folder
 from tokenizers_lab.teachers.preprocess import IMAGENET_MEAN, IMAGENET_STD, PREPROCESSING
-from tokenizers_lab.tokenizer import CONFIG_FILE, load_weights, read_weights
 
 from .config import EncoderConfig, ModelConfig
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tokenizers_lab.diffusion.pixel_flow import patchify, unpatchify
-from tokenizers_lab.tokenizer import load_weights, read_weights
+from tokenizers_lab.network import load_weights, read_weights
 
 from .convert import from_official
 from .model import UniFlow

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenizers_lab.errors import CheckpointError, ConfigError
-from tokenizers_lab.tokenizer import check_fit
+from tokenizers_lab.network import check_fit
 
 from .config import ModelConfig, QuantizerConfig, VFMConfig
 from .model import VFMVAE

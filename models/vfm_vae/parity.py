@@ -12,8 +12,8 @@ from tokenizers_lab.data.batch import ImageBatch
 from tokenizers_lab.discriminators.multiscale_patchgan import patch_feature_matching, patch_loss
 from tokenizers_lab.discriminators.projected import DiscriminatorHead
 from tokenizers_lab.losses.equivariance import scale_and_turn
+from tokenizers_lab.network import load_weights, read_weights
 from tokenizers_lab.parity import GivenDraw
-from tokenizers_lab.tokenizer import load_weights, read_weights
 from tokenizers_lab.training.objective import weighted_sum
 
 from .config import ObjectiveConfig

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenizers_lab.errors import CheckpointError, ConfigError
+from tokenizers_lab.network import load_weights
 from tokenizers_lab.nn.layer_tokens import LayerTokens
 from tokenizers_lab.nn.patch import to_tokens
 from tokenizers_lab.teachers.layers import blocks_of, hidden_layers, is_cnn, number_of, prefix_tokens, stage_features
 from tokenizers_lab.teachers.networks import ASSET_NETWORKS, from_asset, from_timm, local_folder
 from tokenizers_lab.teachers.preprocess import HALF, IMAGENET_MEAN, IMAGENET_STD, normalise
-from tokenizers_lab.tokenizer import load_weights
 
 from .config import VFMConfig
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tokenizers_lab.errors import CheckpointError, ConfigError
+from tokenizers_lab.network import check_fit
 from tokenizers_lab.nn.dinov3_vit import PRECISIONS, BlocksConfig, RotaryConfig
 from tokenizers_lab.nn.rope import grid_periods
 from tokenizers_lab.text import TextConfig
-from tokenizers_lab.tokenizer import check_fit
 
 from .config import RELEASED_ROTARY, ModelConfig, TextEncoderConfig
 from .model import VTP

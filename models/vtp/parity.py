@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenizers_lab.errors import ConfigError
+from tokenizers_lab.network import load_weights, read_weights
 from tokenizers_lab.nn.dino_head import DINOHead
 from tokenizers_lab.nn.dinov3_vit import PRECISIONS, RotaryBlocks, RotaryConfig
 from tokenizers_lab.nn.patch import to_grid, to_tokens
 from tokenizers_lab.nn.rope import grid_periods
 from tokenizers_lab.self_distillation import frozen_copy, masked_patches, student_logits, teacher_logits, update_teacher
-from tokenizers_lab.tokenizer import load_weights, read_weights
 
 from .config import ModelConfig
 from .convert import dino_head, from_official

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tokenizers_lab.errors import CheckpointError, ConfigError
+from tokenizers_lab.network import check_fit
 from tokenizers_lab.nn.mel import WHISPER_FFT, WHISPER_HOP, WHISPER_RATE
 from tokenizers_lab.nn.whisper import STRIDE
-from tokenizers_lab.tokenizer import check_fit
 
 from .config import AdapterConfig, ModelConfig, QuantizerConfig, StackConfig, VocoderConfig, check_model, hop_of
 from .model import XYTokenizer

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from tokenizers_lab.draw import Draw
 from tokenizers_lab.errors import CheckpointError, InputError
+from tokenizers_lab.network import load_weights
 from tokenizers_lab.nn.dac import zero_behind
 from tokenizers_lab.nn.mel import WHISPER_HOP, whisper_log_mel
 from tokenizers_lab.nn.streams import Stream
@@ -21,7 +22,7 @@ from tokenizers_lab.quantizers.masked import MaskedResidualVQ
 from tokenizers_lab.quantizers.result import QuantizerResult
 from tokenizers_lab.teachers.speech import from_transformers
 from tokenizers_lab.teachers.whisper import WHISPER_ASSETS, whisper_from_asset
-from tokenizers_lab.tokenizer import CONTEXT_SECONDS, SpeechEncoding, SpeechTokenizer, load_weights
+from tokenizers_lab.tokenizer import CONTEXT_SECONDS, SpeechEncoding, SpeechTokenizer
 
 from .config import AdapterConfig, ModelConfig, QuantizerConfig, StackConfig, check_model, hop_of, vocoder_hop, window_codes
 

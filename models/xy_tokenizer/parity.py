@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenizers_lab.network import load_weights, read_weights
 from tokenizers_lab.nn.mel import WHISPER_HOP, whisper_filters, whisper_log_mel
 from tokenizers_lab.nn.whisper import STRIDE
 from tokenizers_lab.parity import RowDraw
 from tokenizers_lab.quantizers.masked import MaskedResidualVQ
 from tokenizers_lab.quantizers.result import QuantizerResult
-from tokenizers_lab.tokenizer import load_weights, read_weights
 
 from .config import QuantizerConfig, window_codes
 from .convert import QUANTIZER, from_official, official_config, official_name

@@ -15,7 +15,7 @@ from tokenizers_lab.hub import load
 from tokenizers_lab.models.lm_spt.config import AuxiliaryConfig, ModelConfig
 from tokenizers_lab.models.lm_spt.convert import discriminator_from_official, from_official, to_official
 from tokenizers_lab.models.lm_spt.model import LMSPT
-from tokenizers_lab.tokenizer import read_weights
+from tokenizers_lab.network import read_weights
 
 SET = Path(__file__).parent.parent / "parity" / "lm_spt"
 STRIDES = {      # encoder, main and auxiliary decoder, by frame rate

@@ -11,12 +11,12 @@ from tokenizers_lab.errors import CheckpointError, ConfigError, InputError
 from tokenizers_lab.models.rectok.config import ModelConfig, ViTConfig
 from tokenizers_lab.models.rectok.convert import OFFICIAL, from_official, official_name, to_official
 from tokenizers_lab.models.rectok.model import RecTok
+from tokenizers_lab.network import read_weights
 from tokenizers_lab.nn.masking import gather_tokens, random_mask
 from tokenizers_lab.nn.patch import depth_to_space, resize_positions
 from tokenizers_lab.nn.rope import axial_table
 from tokenizers_lab.nn.transformer import set_activation_checkpointing, swiglu_hidden
 from tokenizers_lab.quantizers.gaussian import DiagonalGaussian
-from tokenizers_lab.tokenizer import read_weights
 
 SETS = Path(__file__).parent.parent / "parity"
 SMALL = ModelConfig(image_size=32, patch=8, latent_channels=6, encoder=ViTConfig(32, 2, 4), decoder=ViTConfig(48, 2, 4))

@@ -16,10 +16,10 @@ from tokenizers_lab.hub import convert_official, load
 from tokenizers_lab.models.uniflow.config import EncoderConfig, ModelConfig
 from tokenizers_lab.models.uniflow.convert import OFFICIAL, RELEASED, from_official, official_name, to_official
 from tokenizers_lab.models.uniflow.model import UniFlow, sincos_positions
+from tokenizers_lab.network import read_weights
 from tokenizers_lab.nn.transformer import set_activation_checkpointing
 from tokenizers_lab.nn.vit import InternViT
 from tokenizers_lab.teachers.preprocess import HALF, IMAGENET_MEAN, IMAGENET_STD
-from tokenizers_lab.tokenizer import read_weights
 
 SET = Path(__file__).parent.parent / "parity" / "uniflow"
 SMALL = ModelConfig(

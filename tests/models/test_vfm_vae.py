@@ -24,12 +24,12 @@ from tokenizers_lab.models.vfm_vae.convert import (
 )
 from tokenizers_lab.models.vfm_vae.model import VFMVAE
 from tokenizers_lab.models.vfm_vae.vfm import FoundationModel, resize_by
+from tokenizers_lab.network import read_weights
 from tokenizers_lab.nn.attn_projection import AttnProjection, ProjectionAttention
 from tokenizers_lab.nn.local_norm import LocalBatchNorm
 from tokenizers_lab.nn.modulated import EqualisedLinear, MappingNetwork, ModulatedPointwise, Upsample
 from tokenizers_lab.quantizers.grouped import GroupedVQ
 from tokenizers_lab.teachers.layers import blocks_of, hidden_layers
-from tokenizers_lab.tokenizer import read_weights
 
 SET = Path(__file__).parent.parent / "parity" / "vfm_vae"
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}

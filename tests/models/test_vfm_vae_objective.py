@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenizers_lab.data.batch import ImageBatch
 from tokenizers_lab.discriminators.augment import augment, cut, translate
@@ -105,6 +106,22 @@ def test_alignment_losses_are_their_definitions():
     torch.testing.assert_close(distance_matrix_loss(a, u), differences.mean())
     torch.testing.assert_close(distance_matrix_loss(a, u, 0.2), (differences - 0.2).clamp(0).mean())
     torch.testing.assert_close(marginal_cosine_loss(a, u, 0.1), (0.9 - (rows_a * rows_u).sum(-1)).clamp(0).mean())
+
+
+def test_the_distance_matrix_needs_no_tensor_of_pairs_and_channels():
+    """Nothing that it computes is larger than one matrix of pairs of positions, with its gradient too."""
+    features, latents = torch.randn(1, 48, 20, 30), torch.randn(1, 8, 20, 30, requires_grad=True)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            found = function(*arguments, **(options or {}))
+            sizes.extend(t.untyped_storage().nbytes() // 4 for t in [found] if isinstance(t, torch.Tensor))
+            return found
+
+    with Sizes():
+        distance_matrix_loss(features, latents).backward()
+    assert max(sizes) == 600**2 and latents.grad.any()
 
 
 def test_the_adaptive_weight_evens_out_gradients():

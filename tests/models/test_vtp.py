@@ -14,13 +14,13 @@ from tokenizers_lab.errors import CheckpointError, ConfigError, InputError
 from tokenizers_lab.models.vtp.config import RELEASED_ROTARY, ModelConfig, TextEncoderConfig
 from tokenizers_lab.models.vtp.convert import OFFICIAL, from_official, to_official
 from tokenizers_lab.models.vtp.model import VTP
+from tokenizers_lab.network import read_weights
 from tokenizers_lab.nn import dinov3_vit
 from tokenizers_lab.nn.dinov3_vit import BlocksConfig, RotaryConfig, add_branch, ffn_hidden
 from tokenizers_lab.nn.rope import apply_by_halves, centred_table
 from tokenizers_lab.nn.transformer import set_activation_checkpointing
 from tokenizers_lab.self_distillation import kept_samples
 from tokenizers_lab.text import TextConfig
-from tokenizers_lab.tokenizer import read_weights
 
 SET = Path(__file__).parent.parent / "parity" / "vtp"
 TEXT = TextEncoderConfig(24, 2, 3, text=TextConfig(context=10))      # bytes; the padding id ends a text

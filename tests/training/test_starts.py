@@ -10,7 +10,7 @@ from tokenizers_lab.config import load_config
 from tokenizers_lab.errors import CheckpointError, ConfigError
 from tokenizers_lab.hub import build_tokenizer
 from tokenizers_lab.models.rectok.objective import RecTokObjective
-from tokenizers_lab.tokenizer import read_config
+from tokenizers_lab.network import read_config
 from tokenizers_lab.training.checkpoint import newest_checkpoint
 from tokenizers_lab.training.loop import train
 

@@ -11,7 +11,8 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor
 
 from tokenizers_lab.errors import CheckpointError, InputError
-from tokenizers_lab.tokenizer import CONFIG_FILE, WEIGHTS_FILE, ImageTokenizer
+from tokenizers_lab.network import CONFIG_FILE, WEIGHTS_FILE
+from tokenizers_lab.tokenizer import ImageTokenizer
 
 WAYS_OF_READING = {      # options of diffusers' from_pretrained that change how files are read, not what is loaded
     "disable_mmap", "low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "use_flashpack", "use_safetensors",

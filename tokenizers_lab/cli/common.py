@@ -55,14 +55,19 @@ def load_image_tokenizer(name: str, device: str) -> "ImageTokenizer":
     return tokenizer
 
 
-def load_tokenizer(name: str, device: str) -> "ImageTokenizer | SpeechTokenizer":
-    """The tokenizer of that name, for images or for speech; the latter with its weight norms folded, for inference."""
+def load_tokenizer(name: str, device: str, fuse: bool = True) -> "ImageTokenizer | SpeechTokenizer":
+    """The tokenizer of that name, for images or for speech. fuse: the latter with its weight norms folded, for inference.
+
+    Raises InputError if it is no tokenizer but a generator.
+    """
+    from tokenizers_lab.errors import InputError
     from tokenizers_lab.hub import load
     from tokenizers_lab.tokenizer import ImageTokenizer, SpeechTokenizer
 
     tokenizer = load(name, device=device)
-    assert isinstance(tokenizer, ImageTokenizer | SpeechTokenizer)      # there is no third kind
-    return tokenizer.fuse() if isinstance(tokenizer, SpeechTokenizer) else tokenizer
+    if not isinstance(tokenizer, ImageTokenizer | SpeechTokenizer):
+        raise InputError(f"{name} is a {tokenizer.system} generator, not a tokenizer: toklab generate samples it")
+    return tokenizer.fuse() if fuse and isinstance(tokenizer, SpeechTokenizer) else tokenizer
 
 
 def check_files(files: Sequence[str], speech: bool, model: str) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .common import MODEL_HELP, say
+from .common import MODEL_HELP, load_tokenizer, say
 
 help = "export encode and decode as programs that need only PyTorch, or ONNX"
 description = """Write encode.pt2 and decode.pt2 (torch.export; run them with torch.export.load(FILE).module()) and export.json
@@ -25,10 +25,9 @@ def run(args: argparse.Namespace) -> int:
     """Load, export, say what was written."""
     from tokenizers_lab.errors import ConfigError
     from tokenizers_lab.export import EXPORT_FILE, export_tokenizer
-    from tokenizers_lab.hub import load
     from tokenizers_lab.tokenizer import ImageTokenizer, SpeechTokenizer
 
-    tokenizer = load(args.model)
+    tokenizer = load_tokenizer(args.model, "cpu", fuse=False)
     if args.size is not None and not isinstance(tokenizer, ImageTokenizer):
         raise ConfigError(f"--size is for images; {args.model} is for audio")
     if args.seconds is not None and not isinstance(tokenizer, SpeechTokenizer):

@@ -93,8 +93,8 @@ def find_model(name: str, overrides: list[str]) -> tuple[str, Any, dict[str, Any
     if overrides:
         raise ConfigError(f"{name} is a saved model: its options cannot be changed by {overrides[0]}")
     from tokenizers_lab.hub import resolve_folder, weights_sha256
+    from tokenizers_lab.network import read_config
     from tokenizers_lab.registry import get_system
-    from tokenizers_lab.tokenizer import read_config
 
     folder = resolve_folder(name)
     saved = read_config(folder)

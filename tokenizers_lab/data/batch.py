@@ -26,6 +26,26 @@ class ImageBatch:
 
 
 @dataclass
+class LatentBatch:
+    """Cached latents of images, float32 (B, C, h, w) as the tokenizer's `encode` gives them, with the images' names and
+    classes."""
+
+    latents: Tensor                   # its mode, or one draw
+    keys: list[str]
+    labels: Tensor | None = None      # (B,) int64
+    spread: Tensor | None = None      # (B, C, h, w) the posterior's standard deviation, where moments were cached
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def to(self, device: torch.device | str) -> "LatentBatch":
+        """The same batch on a device."""
+        names = ("latents", "labels", "spread")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names if getattr(self, name) is not None}
+        return replace(self, **moved)
+
+
+@dataclass
 class SpeechBatch:
     """Clips, or segments of them, as float32 (B, channels, samples) in [-1, 1], padded with zeros behind their `lengths`.
 

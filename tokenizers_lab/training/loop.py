@@ -125,7 +125,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                 interrupted, ends = flags[0] > 0, state.step == last
                 due = {name: state.step > 0 and every > 0 and state.step % every == 0 for name, every in intervals.items()}
                 if cfg.data.val and (ends or due["validate"]) and state.validated != state.step and not interrupted:
-                    metrics = run_parts.validate(nets.ema, cfg, accelerator, stop)
+                    metrics = run_parts.validate(nets, cfg, accelerator, stop)
                     if metrics is None:      # a signal came while validating; a resumed run validates first
                         interrupted = True
                     else:

@@ -7,7 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tokenizers_lab.data.resample import resample
 from tokenizers_lab.draw import Draw
+from tokenizers_lab.metrics import image_metrics, speech_metrics
+from tokenizers_lab.tokenizer import ImageTokenizer, SpeechTokenizer
 
 # terms that need discriminators, which train while one is active
 ADVERSARIAL = frozenset({"gan", "feature_matching", "spectral_feature_matching"})
@@ -75,6 +78,20 @@ class Objective(nn.Module):
     def discriminator_losses(self, real: Tensor, fake: Tensor) -> Losses:
         """The discriminators' terms; `fake` is detached."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def held_out_metrics(self, network: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """The validation metrics of each sample, name to values (B,): those of a tokenizer's reconstructions."""
+        if isinstance(network, ImageTokenizer):
+            return image_metrics(batch.images, network.reconstruct(batch.images))
+        assert isinstance(network, SpeechTokenizer)      # a generator's objective has its own
+        rate = network.output_rate()
+        original = resample(batch.audio, network.sample_rate, rate)
+        texts = {"texts": batch.texts} if network.takes_texts else {}
+        made = network.reconstruct(batch.audio, batch.lengths, **texts)
+        samples = min(original.shape[-1], made.shape[-1])      # one fewer or more where the rates differ
+        lengths = (batch.lengths * rate // network.sample_rate).clamp(1, samples)
+        return speech_metrics(made[..., :samples], original[..., :samples], rate, lengths)
 
     def provenance(self) -> dict[str, str]:
         """Where the frozen networks come from, by name: e.g. {"teacher.lite0": "efficientnet-lite0 (PyPI …)"} or

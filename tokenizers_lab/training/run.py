@@ -19,22 +19,13 @@ from torch import Tensor, nn
 
 from tokenizers_lab.config import load_config, save_config
 from tokenizers_lab.data.loader import len_batches, len_samples, validation_batches
-from tokenizers_lab.data.resample import resample
 from tokenizers_lab.draw import stable_seed
 from tokenizers_lab.errors import CheckpointError, ConfigError, TrainingError
-from tokenizers_lab.metrics import IMAGE_METRICS, SPEECH_METRICS, image_metrics, speech_metrics
+from tokenizers_lab.metrics import GENERATOR_METRICS, IMAGE_METRICS, SPEECH_METRICS
+from tokenizers_lab.network import Network, load_weights, read_config, read_weights, write_network_files
 from tokenizers_lab.registry import get_system
 from tokenizers_lab.settings import RunConfig, StageConfig, TrainConfig
 from tokenizers_lab.teachers.cache import cached_provenance, check_sources
-from tokenizers_lab.tokenizer import (
-    ImageTokenizer,
-    SpeechTokenizer,
-    Tokenizer,
-    load_weights,
-    read_config,
-    read_weights,
-    write_tokenizer_files,
-)
 from tokenizers_lab.training.checkpoint import (
     STATE,
     list_checkpoints,
@@ -53,8 +44,8 @@ MAY_CHANGE = {"out", "name", "data.train", "data.val", "data.features", "data.wo
               "data.samples",
               *(f"train.{name}" for name in ("max_minutes", "log_every", "validate_every", "checkpoint_every", "keep_last",
                                              "keep_best", "best", "max_strikes", "compile", "trackers"))}
-VALIDATION_METRICS = {"image": IMAGE_METRICS, "speech": SPEECH_METRICS}
-DEFAULT_BEST = {"image": "psnr", "speech": "-mel"}
+VALIDATION_METRICS = {"image": IMAGE_METRICS, "speech": SPEECH_METRICS, "generator": GENERATOR_METRICS}
+DEFAULT_BEST = {"image": "psnr", "speech": "-mel", "generator": "-velocity_mse"}
 Resume = Literal["never", "must", "auto", "fresh"]
 
 
@@ -82,9 +73,9 @@ class RunResult:
 
 
 class GeneratorStep(nn.Module):
-    """Tokenizer and heads as one module with one forward, as DDP needs it."""
+    """Tokenizer (or generator) and heads as one module with one forward, as DDP needs it."""
 
-    def __init__(self, tokenizer: Tokenizer, objective: Objective):
+    def __init__(self, tokenizer: Network, objective: Objective):
         super().__init__()
         self.tokenizer, self.heads = tokenizer, objective.heads
         self._losses = objective.generator_losses      # not a submodule: discriminators and frozen networks stay outside
@@ -157,8 +148,8 @@ class Adversary:
 class Networks:
     """Everything with weights, by role."""
 
-    tokenizer: Tokenizer
-    ema: Tokenizer
+    tokenizer: Network
+    ema: Network
     objective: Objective
     initial: dict[str, dict[str, Tensor]]      # first weights of the parts that a stage makes `fresh`
 
@@ -189,7 +180,8 @@ class Networks:
 
 
 def build_networks(cfg: RunConfig, device: torch.device, resumed: bool = False) -> Networks:
-    """Tokenizer, its moving average and the objective, with seeded first weights or those of `init_from` (unless resumed)."""
+    """The network that ships, its moving average and the objective, with seeded first weights or those of `init_from` (unless
+    resumed)."""
     system = get_system(cfg.system)
     torch.manual_seed(stable_seed(cfg.train.seed, "init") % 2**63)
     tokenizer = system.resolve("tokenizer")(cfg.model)
@@ -203,6 +195,8 @@ def build_networks(cfg: RunConfig, device: torch.device, resumed: bool = False) 
     for part, source in cfg.init_parts.items() if not resumed else ():
         networks.part(part)      # refuses one that is not there
         tokenizer.provenance = {**tokenizer.provenance, f"init_parts.{part}": tokenizer.start_part(part, source)}
+    if not resumed:
+        tokenizer.start_run(cfg)
     networks.tokenizer.to(device)
     networks.objective.to(device)
     networks.ema = copy.deepcopy(tokenizer).requires_grad_(False).eval()
@@ -342,7 +336,7 @@ def write_checkpoint(run: Path, cfg: RunConfig, state: State, nets: Networks, op
     """Save everything that a bit-exact resume needs; each rank adds its own buffers and place in the data."""
 
     def shared(folder: Path) -> None:
-        write_tokenizer_files(folder, cfg.system, cfg.model, nets.ema.state_dict(), nets.tokenizer.provenance)
+        write_network_files(folder, cfg.system, cfg.model, nets.ema.state_dict(), nets.tokenizer.provenance)
         for name, tensors in (("raw", nets.tokenizer.state_dict()), ("objective", nets.trained_state())):
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "training" / f"{name}.safetensors")
         torch.save(interned({k: o.state_dict() for k, o in optimizers.items()}), folder / "training" / "optimizers.pt")
@@ -403,7 +397,7 @@ def save_bad_batches(run: Path, step: int, rank: int, batches: list[Any]) -> Pat
 
 
 @torch.no_grad()
-def validate(ema: Tokenizer, cfg: RunConfig, accelerator: Accelerator, stop: StopFlag) -> dict[str, float] | None:
+def validate(nets: Networks, cfg: RunConfig, accelerator: Accelerator, stop: StopFlag) -> dict[str, float] | None:
     """Held-out means of the metrics with the EMA weights, each sample once over all ranks. None if a signal came."""
     names = VALIDATION_METRICS[get_system(cfg.system).kind]
     sums = torch.zeros(len(names) + 2, dtype=torch.float64)      # the metrics, the samples, the signal
@@ -411,26 +405,12 @@ def validate(ema: Tokenizer, cfg: RunConfig, accelerator: Accelerator, stop: Sto
     for batch in validation_batches(cfg.data, micro_batch, accelerator.process_index, accelerator.num_processes):
         if stop.raised:
             break
-        values = held_out_metrics(ema, batch.to(accelerator.device))
+        values = nets.objective.held_out_metrics(nets.ema, batch.to(accelerator.device))
         sums[:-2] += torch.stack([values[name].double().sum().cpu() for name in names])
         sums[-2] += len(batch)
     sums[-1] = stop.raised
     *totals, count, signals = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
     return None if signals else {name: total / count for name, total in zip(names, totals)}
-
-
-def held_out_metrics(tokenizer: Tokenizer, batch: Any) -> dict[str, Tensor]:
-    """The metrics of each sample's reconstruction: name to values (B,)."""
-    if isinstance(tokenizer, ImageTokenizer):
-        return image_metrics(batch.images, tokenizer.reconstruct(batch.images))
-    assert isinstance(tokenizer, SpeechTokenizer)
-    rate = tokenizer.output_rate()
-    original = resample(batch.audio, tokenizer.sample_rate, rate)
-    texts = {"texts": batch.texts} if tokenizer.takes_texts else {}
-    made = tokenizer.reconstruct(batch.audio, batch.lengths, **texts)
-    samples = min(original.shape[-1], made.shape[-1])      # one fewer or more where the rates differ
-    lengths = (batch.lengths * rate // tokenizer.sample_rate).clamp(1, samples)
-    return speech_metrics(made[..., :samples], original[..., :samples], rate, lengths)
 
 
 def best_metric(cfg: RunConfig) -> tuple[str, int]:
