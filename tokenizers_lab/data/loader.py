@@ -15,6 +15,7 @@ from tokenizers_lab.data.buckets import Plan, PlannedBatches, PlannedShardBatche
 from tokenizers_lab.data.decode import read_image
 from tokenizers_lab.data.fetched import Fetched
 from tokenizers_lab.data.images import ImageReader
+from tokenizers_lab.data.latents import LatentReader
 from tokenizers_lab.data.listed import ListedBatches, ListedValidation
 from tokenizers_lab.data.processes import Fetcher
 from tokenizers_lab.data.quarantine import Bad, Quarantine
@@ -25,7 +26,7 @@ from tokenizers_lab.data.sources import Source, resolve_source, sample_path
 from tokenizers_lab.data.speech import FixedCrops, SpeechReader
 from tokenizers_lab.data.transforms import fit_image
 from tokenizers_lab.errors import CheckpointError, ConfigError, DataError
-from tokenizers_lab.settings import ImageDataConfig, SpeechDataConfig
+from tokenizers_lab.settings import ImageDataConfig, LatentDataConfig, SpeechDataConfig
 
 __all__ = ["Loader", "build_loader", "fit_image", "fixed_crops", "len_batches", "len_samples", "read_image", "sample_path",
            "validation_batches"]
@@ -34,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 DataConfig = ImageDataConfig | SpeechDataConfig
 OnBad = Callable[[Bad], None]
-READERS: dict[type, Callable[[Any], Reader]] = {ImageDataConfig: ImageReader, SpeechDataConfig: SpeechReader}
+READERS: dict[type, Callable[[Any], Reader]] = {
+    ImageDataConfig: ImageReader, LatentDataConfig: LatentReader, SpeechDataConfig: SpeechReader}
 WORTH_WORKERS = 128      # validation samples below which starting processes costs more than it saves
 
 
@@ -89,7 +91,7 @@ def build_loader(
     state: dict[str, Any] | None = None,
     quarantine: Path | None = None,
 ) -> Loader:
-    """Endless training batches of one rank: ImageBatch or SpeechBatch, as the config's type says.
+    """Endless training batches of one rank: ImageBatch, LatentBatch or SpeechBatch, as the config's type and the source say.
 
     batch_size: samples of a micro-batch of this rank; with data.batch_frames the most that there can be. start_step:
     micro-steps that were already taken. state: as yielded with the last of them; shards need it, for folders it only carries on
@@ -124,10 +126,11 @@ def build_loader(
 
 
 def len_samples(cfg: DataConfig) -> int | None:
-    """Number of training samples: counted in folders and manifests, `data.samples` for shards, where it may be unknown."""
+    """Number of training samples: counted in folders and manifests, `data.samples` for shards, where it may be unknown
+    (shards of latents tell it)."""
     reader = checked_reader(cfg)
     source = find_source(reader, cfg.train, "train")
-    return cfg.samples if source.shards else len(reader.listing(source))
+    return (cfg.samples or source.samples) if source.shards else len(reader.listing(source))
 
 
 def len_batches(cfg: DataConfig, batch_size: int) -> int | None:
@@ -140,6 +143,11 @@ def len_batches(cfg: DataConfig, batch_size: int) -> int | None:
     return None if source.shards else len(plan_listing(reader.listing(source), reader, batch_size))
 
 
+@overload
+def validation_batches(
+    cfg: LatentDataConfig, batch_size: int, rank: int = 0, world: int = 1, on_bad: OnBad | None = None,
+    reader: Reader | None = None,
+) -> Iterator[Any]: ...      # LatentBatch or ImageBatch, as the source says
 @overload
 def validation_batches(
     cfg: ImageDataConfig, batch_size: int, rank: int = 0, world: int = 1, on_bad: OnBad | None = None,
@@ -205,7 +213,7 @@ def checked_reader(cfg: DataConfig) -> Reader:
 
 def find_source(reader: Reader, source: str, split: str) -> Source:
     """What a config's train or val names. Raises DataError."""
-    return resolve_source(source, split, reader.noun, reader.sample, reader.manifests)
+    return reader.locate(resolve_source(source, split, reader.noun, reader.sample, reader.manifests), split)
 
 
 def _validate(fetcher: Fetcher, on_bad: OnBad | None) -> Iterator[Any]:

@@ -32,8 +32,9 @@ class Quarantine:
     Both count deliveries: a bad sample counts again in the next epoch. seen and bad continue the counts of a resumed run.
     """
 
-    def __init__(self, path: Path | None, allowed: float, seen: int = 0, bad: int = 0):
-        self.path, self.allowed, self.seen, self.bad = path, allowed, seen, bad
+    def __init__(self, path: Path | None, allowed: float, seen: int = 0, bad: int = 0, option: str = "data.bad_fraction"):
+        """option: what errors call `allowed`."""
+        self.path, self.allowed, self.seen, self.bad, self.option = path, allowed, seen, bad, option
         self._listed: set[str] = set()
         self._read = 0   # bytes of the file that were read
 
@@ -45,7 +46,7 @@ class Quarantine:
         if bad and self.bad > self.allowed * max(self.seen, JUDGED_FROM):
             listed = f"; they are listed in {self.path}" if self.path else ""
             raise DataError(
-                f"{self.bad:,} of {self.seen:,} samples could not be read, more than data.bad_fraction ({self.allowed:g}) allows"
+                f"{self.bad:,} of {self.seen:,} samples could not be read, more than {self.option} ({self.allowed:g}) allows"
                 f"{listed}; the last one: {bad[-1].reason}"
             )
 

@@ -50,6 +50,10 @@ class Reader(ABC):
     def prepare(self) -> None:      # noqa: B027 most kinds need nothing
         """Called before training, after `check`. Raises ConfigError if what training needs beside the samples is not there."""
 
+    def locate(self, source: Source, split: str) -> Source:
+        """What a source, of `train` or `val`, comes to: a folder may turn out to be of shards. Raises DataError."""
+        return source
+
     @abstractmethod
     def listing(self, source: Source) -> Listing:
         """The samples of a folder or a manifest. Raises DataError if there is none."""

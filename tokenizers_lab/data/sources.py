@@ -20,6 +20,7 @@ class Source:
     folder: Path | None = None
     shards: tuple[str, ...] = ()
     manifest: Path | None = None
+    samples: int | None = None      # of shards, where it is known
 
 
 def resolve_source(
