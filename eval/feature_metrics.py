@@ -1,6 +1,6 @@
 """Metrics between two sets of images by their features, by name, as JSON data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from .features import FeatureExtractor, Features
 from .fid import FrechetResult, evaluate_frechet, frechet_json
 from .inception_score import inception_score
 from .kid import SUBSET_SIZE, kernel_distance
-from .precision_recall import precision_recall
+from .precision_recall import Arithmetic, PrecisionRecall, precision_recall
 from .statistics import Statistics, check_compatible, compute_statistics
 
 FEW = 10       # samples for each feature, below which the interval of a Fréchet distance was not tested
@@ -26,6 +26,20 @@ STAND_IN_TITLES = {
     "rfid": "Fréchet distance", "fid": "Fréchet distance", "sfid": "spatial Fréchet distance", "kid": "kernel distance",
     "is": "class score", "precision": "Precision", "recall": "Recall",
 }
+
+
+@dataclass
+class Ways:
+    """How the metrics are computed that are computed in several ways."""
+
+    arithmetic: Arithmetic = "float32"                           # of precision and recall
+    score: dict[str, Any] = field(default_factory=dict)          # options of `inception_score`; none: ADM's splits
+    _manifolds: PrecisionRecall | None = field(default=None, repr=False)
+
+    def manifolds(self, samples: Tensor, reference: Tensor) -> PrecisionRecall:
+        """Precision and recall, computed once for both."""
+        self._manifolds = self._manifolds or precision_recall(samples, reference, arithmetic=self.arithmetic)
+        return self._manifolds
 
 
 @dataclass
@@ -105,7 +119,7 @@ def check_reference(names: Sequence[str], extractor: FeatureExtractor, reference
 
 def feature_metrics(
     names: Sequence[str], extractor: FeatureExtractor, samples: Features, reference: Reference, paired: bool = False,
-    keys: Sequence[str] | None = None,
+    keys: Sequence[str] | None = None, arithmetic: Arithmetic = "float32", score: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Each metric's result by the name it may bear with this extractor: `rfid` only with FID's network.
 
@@ -113,26 +127,26 @@ def feature_metrics(
     paired: samples[i] is the reconstruction of reference[i]; narrows the interval of Fréchet distances.
         Otherwise Fréchet distances take the reference as exact.
     keys: names of the samples, by which the Inception Score's splits are drawn; none: splits in the order given.
+    arithmetic: of precision and recall. score: options of `inception_score`; none: ADM's splits.
     Raises InputError for too few samples, non-finite features, statistics of another network or resize mode.
     """
     check_metrics(names, extractor)
     _check_reference(extractor, samples, reference)
     results: dict[str, dict[str, Any]] = {}
+    ways = Ways(arithmetic, {"keys": keys, **(score or {})})
     for name in names:
         title, better = METRICS[name]
         title = title if extractor.is_inception else f"{STAND_IN_TITLES[name]} ({extractor.kind} features)"
         results[extractor.metric_name(name)] = {
             "title": title, "unit": "", "better": better, "network": extractor.provenance, "n": len(samples.pool),
-            **_compute(name, samples, reference, paired, keys),
+            **_compute(name, samples, reference, paired, ways),
         }
         if name != "is":
             results[extractor.metric_name(name)]["reference"] = "originals" if paired else reference.label
     return results
 
 
-def _compute(
-    name: str, samples: Features, reference: Reference, paired: bool, keys: Sequence[str] | None
-) -> dict[str, Any]:
+def _compute(name: str, samples: Features, reference: Reference, paired: bool, ways: Ways) -> dict[str, Any]:
     if name in ("rfid", "fid", "sfid"):
         return frechet_json(_frechet(name == "sfid", samples, reference, paired))
     if name == "kid":
@@ -145,10 +159,10 @@ def _compute(
     if name == "is":
         if samples.logits is None:
             raise InputError("the Inception Score needs class logits: this network has none")
-        score = inception_score(samples.logits, keys=keys)
+        score = inception_score(samples.logits, **ways.score)
         return {"value": score.value, "uncertainty": _interval(score.interval), "warnings": [],
                 "splits": list(score.splits), "split_protocol": score.protocol}
-    manifolds = precision_recall(samples.pool, reference.images(name))
+    manifolds = ways.manifolds(samples.pool, reference.images(name))
     interval = manifolds.precision_interval if name == "precision" else manifolds.recall_interval
     return {"value": getattr(manifolds, name), "uncertainty": _interval(interval), "warnings": [],
             "k": manifolds.k, "arithmetic": manifolds.arithmetic}

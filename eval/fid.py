@@ -38,17 +38,25 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
     Raises InputError if the numbers of features differ.
     """
     _check_widths(first, second)
+    roots = _roots(first, second)
     with one_thread():
+        difference = first.mean - second.mean
+        traces = first.covariance.diagonal().sum() + second.covariance.diagonal().sum()
+        return float(difference @ difference + traces - 2 * roots.sum())
+
+
+def _roots(first: Statistics, second: Statistics) -> Tensor:
+    """Square roots of the eigenvalues of S₁ S₂."""
+    with one_thread():
+        if first.factor is not None and second.factor is not None:      # few samples: no roots of zeros that were rounded
+            return torch.linalg.svdvals(first.factor.T @ second.factor)
         if first.factor is None and second.factor is not None:
             factor, other = second.factor, first
         else:
             factor, other = _factor(first), second
     inner = _inner(factor, other.covariance)
     with one_thread():
-        roots = torch.linalg.eigvalsh(inner).clamp_min(0).sqrt()
-        difference = first.mean - second.mean
-        traces = first.covariance.diagonal().sum() + second.covariance.diagonal().sum()
-        return float(difference @ difference + traces - 2 * roots.sum())
+        return torch.linalg.eigvalsh(inner).clamp_min(0).sqrt()
 
 
 def _check_widths(first: Statistics, second: Statistics) -> None:

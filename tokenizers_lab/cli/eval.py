@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import add_model, check_options, data_config, device_of, process_group, say, show_progress
+from .common import add_model, check_options, data_config, device_of, load_tokenizer, process_group, say, show_progress
 from .eval_speech import DEFAULT_METRICS as SPEECH_METRICS
 from .eval_speech import OPTIONS as SPEECH_OPTIONS
 from .eval_speech import add_speech_arguments, measure_speech, show_speech
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from tokenizers_lab.tokenizer import ImageTokenizer, Tokenizer
 
 Progress = Callable[[Iterable[Any], Any], Iterable[Any]]
-help = "measure a model's reconstructions"
+help = "measure a model's reconstructions, or generated images (toklab eval gfid)"
+WORDS = ("gfid", "statistics")      # modules eval_WORD beside this one
 description = """Reconstruct every image or clip of DATA and measure it beside baselines: the same network untrained, and each
 patch replaced by its mean colour, or each clip's mean mel spectrum held still. DATA is a folder, webdataset shards, a manifest
 of clips, or the held-out part of sample:photos or sample:speech. The JSON holds every value, its interval, and the protocol.
+Two first words have a help of their own: toklab eval gfid (generated images), toklab eval statistics (a reference for FID).
 
 MODEL is besides those of ours a peer or finished reconstructions:
   diffusers:X   AutoencoderKL or AutoencoderDC: X is a folder that diffusers saved, a pipeline's folder, or a hub id
@@ -194,11 +196,12 @@ def load_model(name: str, device: str) -> "Tokenizer":
     """A tokenizer of ours or a peer's, for images or speech."""
     from tokenizers_lab.eval.peers import PREFIX, load_peer
     from tokenizers_lab.eval.speech_peers import PEERS, load_speech_peer
-    from tokenizers_lab.hub import load
 
     if name.startswith(PREFIX):
         return load_peer(name.removeprefix(PREFIX), device)
-    return load_speech_peer(name, device) if name.partition(":")[0] in PEERS and ":" in name else load(name, device=device)
+    if name.partition(":")[0] in PEERS and ":" in name:
+        return load_speech_peer(name, device)
+    return load_tokenizer(name, device, fuse=False)
 
 
 def count_batches(data: Any, batch_size: int, world: int) -> int | None:

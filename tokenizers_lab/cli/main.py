@@ -9,13 +9,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tokenizers_lab.errors import TokenizersLabError
 
 COMMANDS = (
-    "train", "encode", "decode", "reconstruct", "eval", "probe", "compare", "report", "latent-stats", "features", "export",
-    "convert", "info", "config", "list", "assets")
+    "train", "encode", "decode", "reconstruct", "eval", "probe", "compare", "report", "latent-stats", "latents", "features",
+    "tokenize", "export", "convert", "info", "config", "list", "assets")
+MODULES = {"tokenize": "tokenize_data"}      # commands whose module must not be called like one of the standard library's
 USER_ERROR = 2
 DESCRIPTION = "Train, use and compare tokenizers for images and speech."
 EPILOG = "toklab COMMAND --help explains a command. Errors are one line; TOKLAB_DEBUG=1 shows where they came from."
@@ -24,14 +25,25 @@ EPILOG = "toklab COMMAND --help explains a command. Errors are one line; TOKLAB_
 class Parser(argparse.ArgumentParser):
     """Errors name the nearest known word and end with the exit status of every user error."""
 
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.words: dict[str, Parser] = {}      # first words of the command that have a parser of their own
+
+    def parse_known_args(self, args=None, namespace=None):      # type: ignore[no-untyped-def]
+        """As argparse's, but a first word that has a parser of its own is left to it."""
+        if args and args[0] in self.words:
+            return self.words[args[0]].parse_known_args(args[1:], namespace)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """One line on stderr."""
         self.exit(USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def command_module(name: str) -> ModuleType:
-    """The module of a command: `help`, `add_arguments(parser)`, `run(args)`, and perhaps `description` and `example`."""
-    return importlib.import_module(f"tokenizers_lab.cli.{name.replace('-', '_')}")
+    """The module of a command: `help`, `add_arguments(parser)`, `run(args)`, and perhaps `description`, `example`, and `WORDS`:
+    first words that another module NAME_WORD takes, such as `toklab eval gfid`."""
+    return importlib.import_module(f"tokenizers_lab.cli.{MODULES.get(name, name.replace('-', '_'))}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,13 +53,25 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND [option …]", title="commands")
     for name in COMMANDS:
         module = command_module(name)
-        description = getattr(module, "description", module.help[0].upper() + module.help[1:] + ".")
-        sub = commands.add_parser(
-            name, help=module.help, description=description, epilog=f"example: {getattr(module, 'example', f'toklab {name}')}",
-            formatter_class=argparse.RawDescriptionHelpFormatter)
-        module.add_arguments(sub)
-        sub.set_defaults(run=module.run)
+        sub: Parser = commands.add_parser(name, help=module.help, **texts(name, module))
+        for word in getattr(module, "WORDS", ()):
+            sub.words[word] = Parser(prog=f"{sub.prog} {word}", **texts(f"{name} {word}", command_module(f"{name}-{word}")))
+            fill(sub.words[word], command_module(f"{name}-{word}"))
+        fill(sub, module)
     return parser
+
+
+def texts(name: str, module: ModuleType) -> dict[str, Any]:
+    """What a command's help says before and behind its options."""
+    description = getattr(module, "description", module.help[0].upper() + module.help[1:] + ".")
+    return {"description": description, "epilog": f"example: {getattr(module, 'example', f'toklab {name}')}",
+            "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+def fill(parser: Parser, module: ModuleType) -> None:
+    """A command's arguments, and what runs it."""
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
 
 
 def check_command(argv: Sequence[str]) -> str | None:
