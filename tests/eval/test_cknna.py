@@ -3,6 +3,7 @@
 import json
 import math
 import socket
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import Toy, ToyConfig, batches, pictures
 
 from tokenizers_lab.cli.main import call
@@ -116,6 +118,41 @@ def test_memory_is_that_of_rows_and_neighbours(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "topk", watched)
     neighbours = find_neighbours(prepare(torch.randn(2000, 6)), 20)
     assert set(seen) == {(512, 2000), (464, 2000)} and neighbours.index.shape == (2000, 20)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors that live at the same time while it is on, and the most of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        found = function(*arguments, **(options or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.seen:
+                    self.seen.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return found
+
+    def gone(self, place, size):
+        self.seen.discard(place)
+        self.now -= size
+
+
+def test_peak_memory_grows_with_the_images_and_not_with_their_square():
+    """4,000 images: not even one whole kernel, 4,000 × 4,000 numbers, is ever there, let alone a tensor of all differences."""
+    n = 4000
+    one, other = related(n)
+    with Live() as live:
+        value = cknna(one, other)
+    assert 0 < value < 1
+    rows = 8 * module.ROWS * n
+    assert rows < live.most < 4 * rows < 8 * n * n      # the piece of a kernel at hand, and what topk needs
 
 
 def test_what_does_not_differ_has_no_value_and_what_is_wrong_is_refused():
