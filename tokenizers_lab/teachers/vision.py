@@ -101,22 +101,36 @@ class VisionTeacher(nn.Module):
         options = {"interpolate_pos_encoding": True} if self.kind == "siglip" else {}
         return self.network(pixel_values=values, **options).last_hidden_state
 
-    @torch.no_grad()
     def features(self, images: Tensor, grid: Grid) -> Tensor:
         """Patch features (B, h·w, width), float32 and row-major, on the student's token grid (h, w); without gradient.
 
         images: (B, 3, H, W) in [0, 1]. Class and register tokens are dropped; a grid of another size is interpolated
         bilinearly.
         """
+        return self.class_and_features(images, grid)[1]
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the network sums the image up in a token of its own."""
+        return self.prefix > 0
+
+    @torch.no_grad()
+    def class_and_features(self, images: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """The class token (B, width) behind the last norm, float32, and the patch features as `features` gives them.
+
+        Of a network without a class token, the mean of its own patch features stands for it.
+        """
         h, w = _pair(grid)
         values = self.preprocess(images, self.network_size(images.shape[-2:], (h, w)))
-        tokens = self.hidden(values)[:, self.prefix :].float()                     # (B, N, width)
+        hidden = self.hidden(values).float()
+        tokens = hidden[:, self.prefix :]                                          # (B, N, width)
+        class_token = hidden[:, 0] if self.has_class_token else tokens.mean(1)     # (B, width)
         own = tuple(-(-side // self.stride) if self.kind == "cnn" else side // self.stride for side in values.shape[-2:])
         if own != (h, w):
             square = tokens.transpose(1, 2).unflatten(2, own)                      # (B, width, rows, columns)
             square = F.interpolate(square, (h, w), mode="bilinear", align_corners=False, antialias=own[0] > h or own[1] > w)
             tokens = square.flatten(2).transpose(1, 2)
-        return tokens.contiguous()
+        return class_token, tokens.contiguous()
 
     def logits(self, images: Tensor) -> Tensor:
         """Class logits (B, K) of images (B, 3, H, W) in [0, 1], with gradient. Raises ConfigError if there is no classifier."""
