@@ -65,6 +65,11 @@ class LatentMoments:
         """(C,): sqrt(E[z²] − mean²)."""
         return np.sqrt(np.clip(np.diag(self.covariance), 0, None))
 
+    @property
+    def unbiased_std(self) -> np.ndarray:
+        """(C,): the same, divided by the count less one, as LightningDiT's latents are normalised."""
+        return self.std * math.sqrt(self.count / max(self.count - 1, 1))
+
 
 @dataclass(frozen=True)
 class LatentColours:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tokenizers_lab.errors import ConfigError
+
 from .norm import RMSNorm
 from .patch import PatchEmbed
 from .rope import apply_paired
@@ -28,6 +30,17 @@ def mlp_hidden(width: int, ratio: float, swiglu: bool) -> int:
     """Hidden channels of a block's MLP: int(ratio · width), of which a SwiGLU takes two thirds, cut off after each product."""
     hidden = int(width * ratio)
     return int(2 / 3 * hidden) if swiglu else hidden
+
+
+def check_heads(width: int, heads: int, rope: bool, where: str) -> None:
+    """Raise ConfigError unless the width splits into the heads, and into the four parts of position tables.
+
+    where: path of the options in front of `width` and `heads`.
+    """
+    if width % heads or width % 4:
+        raise ConfigError(f"{where}width {width} must be a multiple of {where}heads {heads} and of 4")
+    if rope and width // heads % 4:
+        raise ConfigError(f"{where}width {width} over {where}heads {heads} must be a multiple of 4 for rotary positions")
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
