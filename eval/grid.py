@@ -63,12 +63,20 @@ def save_grid(
 
     All images: float (N, 3, H, W) in [0, 1], N alike. Returns the geometry. Raises InputError on other shapes or NaN.
     """
-    rows = {"original": originals, "reconstruction": reconstructions, **(extra or {})}
+    return save_rows({"original": originals, "reconstruction": reconstructions, **(extra or {})}, path, columns)
+
+
+def save_rows(rows: Mapping[str, Tensor], path: str | Path, columns: int = 8) -> GridGeometry:
+    """Write a PNG of rows of images under labels, `columns` pictures wide; longer rows go on below, all labels together.
+
+    rows: label → float (N, 3, H, W) in [0, 1], all of one shape. Returns the geometry. Raises InputError on other shapes or NaN.
+    """
+    first, shape = next((name, images.shape) for name, images in rows.items())
     for name, images in rows.items():
-        if images.shape != originals.shape:
-            raise InputError(f"the grid's row '{name}' is {tuple(images.shape)}, the originals are {tuple(originals.shape)}")
+        if images.shape != shape:
+            raise InputError(f"the grid's row '{name}' is {tuple(images.shape)}, the row '{first}' is {tuple(shape)}")
     pixels = {name: to_pixels(images) for name, images in rows.items()}
-    n, height, width = pixels["original"].shape[:3]
+    n, height, width = pixels[first].shape[:3]
     scale = max(1, -(-TARGET // height))
     font = ImageFont.load_default(LABEL_SIZE)
     gap = 4

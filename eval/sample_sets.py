@@ -78,10 +78,15 @@ class SampleSet:
     def protocol(self) -> dict[str, Any] | None:
         """What `toklab generate` wrote beside the images; None if it wrote nothing that is readable."""
         place = self.source.path if isinstance(self.source, ImageArray) else self.source.root
-        try:
-            return dict(json.loads((place.parent / PROTOCOL_FILE).read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
+        return read_protocol(place.parent / PROTOCOL_FILE)
+
+
+def read_protocol(file: Path) -> dict[str, Any] | None:
+    """What a samples.json says; None if there is none that is readable."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def open_samples(name: str) -> SampleSet:

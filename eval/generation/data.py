@@ -17,6 +17,7 @@ class LatentsAbout:
     data: str                         # the images
     mean: Tensor | None = None        # (C,) of the latents; none: the tokenizer normalises them
     std: Tensor | None = None
+    classes: tuple[str, ...] = ()     # names by label, where they are known
 
 
 def describe_latents(cfg: Any) -> LatentsAbout:

@@ -97,6 +97,8 @@ class LatentGenerator(Network):
 
         about = describe_latents(cfg)
         self.provenance = {**self.provenance, "tokenizer": about.tokenizer, "data": about.data}
+        if about.classes:
+            self.provenance["classes"] = list(about.classes)
         if about.mean is not None and about.std is not None:
             self.set_latent_statistics(about.mean, about.std)
 

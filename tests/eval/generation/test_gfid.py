@@ -190,7 +190,7 @@ def test_what_is_refused(network, sets, tmp_path) -> None:
     with pytest.raises(InputError, match=r"holds 700 images, a gFID is of 50,000: --allow-count"):
         measure(tmp_path, count=50_000)
     np.savez(tmp_path / "large.npz", enlarge(sets[1], 16))
-    with pytest.raises(InputError, match="images of 8 × 8 pixels, the reference .* of 16 × 16"):
+    with pytest.raises(InputError, match=r"images of 8 × 8 pixels, the reference .* of 16 × 16"):
         measure(tmp_path, reference="large.npz")
     pooled, spatial = make_statistics(str(tmp_path / "large.npz"))
     save_statistics(tmp_path / "own.npz", pooled, spatial)
@@ -202,7 +202,7 @@ def test_what_is_refused(network, sets, tmp_path) -> None:
     with pytest.raises(DataError, match="must be uint8"):
         measure(tmp_path, samples="float.npz")
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
-    with pytest.raises(DataError, match="neither statistics .* nor images"):
+    with pytest.raises(DataError, match=r"neither statistics .* nor images"):
         measure(tmp_path, reference="other.npz")
     with pytest.raises(InputError, match="neither a folder of images nor an"):
         measure(tmp_path, samples="nothing")
