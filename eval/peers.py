@@ -17,6 +17,7 @@ PREFIX = "diffusers:"
 CLASSES = ("AutoencoderKL", "AutoencoderDC")
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors")
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
+SEED = 1                 # of random weights; not 0, which the harness's untrained copies have
 DEFAULT_SIZE = 256       # pixels, where the config does not say what it was trained on
 
 
@@ -32,6 +33,23 @@ class PeerConfig:
         """Pixels a side that it was trained on, where its config says so."""
         size = self.options.get("sample_size")
         return size if isinstance(size, int) and size > 0 else DEFAULT_SIZE
+
+
+RANDOM_PEERS = {      # networks with random weights, by name: the first at the size of Stable Diffusion's, the others for a try
+    "kl-random": PeerConfig("AutoencoderKL", {
+        "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2, "latent_channels": 4, "sample_size": 256}),
+    "kl-random-tiny": PeerConfig("AutoencoderKL", {
+        "block_out_channels": (8, 16, 16, 16), "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4, "norm_num_groups": 4, "latent_channels": 4, "sample_size": 64}),
+    "dc-random-tiny": PeerConfig("AutoencoderDC", {
+        "latent_channels": 8, "attention_head_dim": 8,
+        "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",), "encoder_block_out_channels": (8, 16, 16, 16),
+        "encoder_layers_per_block": (1, 1, 1, 1), "encoder_qkv_multiscales": ((), (), (), (5,)),
+        "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",), "decoder_block_out_channels": (8, 16, 16, 16),
+        "decoder_layers_per_block": (1, 1, 1, 1), "decoder_qkv_multiscales": ((), (), (), (5,))}),
+}
+PEER_HELP = f"{PREFIX} and a folder that diffusers saved, a hub id, or {', '.join(RANDOM_PEERS)}"
 
 
 class DiffusersPeer(ImageTokenizer):
@@ -93,11 +111,14 @@ def _build(cfg: PeerConfig) -> Any:
 
 
 def load_peer(name: str, device: torch.device | str = "cpu") -> DiffusersPeer:
-    """The autoencoder of a folder that diffusers saved, of a pipeline's folder, or of a hub id; float32, eval mode.
+    """The autoencoder of a folder that diffusers saved, of a pipeline's folder, or of a hub id; or one of RANDOM_PEERS, whose
+    provenance says that its weights are random; float32, eval mode.
 
     Raises CheckpointError if it is no AutoencoderKL or AutoencoderDC, or if a weight is missing or left over; WeightsMissing
     if it would have to be fetched and cannot be.
     """
+    if name in RANDOM_PEERS:
+        return random_peer(RANDOM_PEERS[name]).to(device).eval()
     folder = Path(name).expanduser()
     source = f"folder {folder.resolve().name}"      # the files' hashes say what it is: where it lies is nobody's business
     if not folder.is_dir():
@@ -118,6 +139,15 @@ def load_peer(name: str, device: torch.device | str = "cpu") -> DiffusersPeer:
         "config_sha256": sha256_of(folder / "config.json"),
     }
     return peer.to(device).eval()
+
+
+def random_peer(cfg: PeerConfig) -> DiffusersPeer:
+    """An autoencoder with seeded random weights; global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        peer = DiffusersPeer(cfg)
+    peer.provenance = {"source": f"random weights (seed {SEED})", "class": cfg.autoencoder}
+    return peer
 
 
 def _read_config(folder: Path) -> PeerConfig:

@@ -66,9 +66,18 @@ def pictures_section(views: "list[RunView]") -> str:
     if not rows:
         nothing = "There are no pictures." if len(views) == 1 else "The runs share no held-out pictures."
         return f'<section id="pictures"><h2>Reconstructions</h2><p class="soft">{nothing}</p></section>'
-    titles = list(rows[0][2])
-    width, height = rows[0][2]["original"].size
     left, right = ("original", "reconstruction") if len(views) == 1 else ("reconstruction A", "reconstruction B")
+    return picture_viewer(rows, left, right, f"""A difference of 255/{DIFFERENCE_GAIN} or more is white; latent colours are the
+first three principal components, ±2 standard deviations.""")
+
+
+def picture_viewer(rows: list[tuple[str, str, dict[str, Image.Image]]], left: str, right: str, note: str = "") -> str:
+    """A slider between any two pictures of a row, `left` and `right` at first, above a column of pictures for each row.
+
+    rows: key, values as text, and pictures by title, the same titles and sizes in all; note: a sentence below the choice.
+    """
+    titles = list(rows[0][2])
+    width, height = rows[0][2][left].size
     cards = "".join(_card(*row) for row in rows)
     return f"""<section id="pictures" style="--ratio:{width}/{height}">
 <h2>Reconstructions <small>of held-out images, {width} × {height} pixels</small></h2>
@@ -77,8 +86,7 @@ def pictures_section(views: "list[RunView]") -> str:
 <div>{_select("Left of the line", titles, left)}{_select("Right of it", titles, right)}<p class="soft values"></p>
 <p class="soft">Move the slider, or drag on the picture; choose another picture below.
 In each column from the top: {escape(", ".join(titles))}.
-A difference of 255/{DIFFERENCE_GAIN} or more is white; latent colours are the first three principal components,
-±2 standard deviations.</p></div></div>
+{note}</p></div></div>
 <div class="cards">{cards}</div></section>"""
 
 

@@ -75,7 +75,7 @@ def sounds_section(views: "list[RunView]") -> str:
         return f'<section id="sounds"><h2>Reconstructions</h2><p class="soft">{nothing}</p></section>'
     cards: list[str] = []
     for number, (about, sounds) in enumerate(clips):
-        card = _card(number, about, sounds)
+        card = clip_card(number, about, sounds)
         if cards and sum(map(len, cards)) + len(card) > ROOM:
             break
         cards.append(card)
@@ -88,7 +88,8 @@ in the same colours, from the original's loudest band (white) to 80 dB below (bl
 {"".join(cards)}</section>"""
 
 
-def _card(number: int, about: dict[str, Any], sounds: list[Sound]) -> str:
+def clip_card(number: int, about: dict[str, Any], sounds: list[Sound]) -> str:
+    """Spectrograms and players of one clip, the original first. about: key, seconds, speaker, text."""
     levels = [mel_levels(sound.audio, sound.rate) for sound in sounds]
     figures = []
     for column, (sound, level) in enumerate(zip(sounds, levels)):
