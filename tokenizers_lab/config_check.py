@@ -22,7 +22,7 @@ CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
     ImageDataConfig: {"crop": ("center", "random")},
     SpeechDataConfig: {"crop": ("random", "fixed", "start")},
     TrainConfig: {"precision": ("no", "bf16")},
-    StageConfig: {"schedule": ("cosine", "constant", "inverse_sqrt"), "discriminator_schedule": ("cosine", "constant")},
+    StageConfig: {"schedule": ("cosine", "linear", "constant", "inverse_sqrt"), "discriminator_schedule": ("cosine", "constant")},
 }
 ABOVE_ZERO: dict[type, tuple[str, ...]] = {
     ImageDataConfig: ("size", "max_pixels"),
@@ -36,7 +36,7 @@ NOT_NEGATIVE: dict[type, tuple[str, ...]] = {
     ImageDataConfig: ("crop_min", "crop_max", "workers", "bad_fraction", "shuffle_buffer"),
     SpeechDataConfig: ("min_seconds", "text_frames", "workers", "bad_fraction", "shuffle_buffer"),
     TrainConfig: ("validate_every", "keep_best", "ema"),
-    StageConfig: ("lr", "discriminator_lr", "warmup", "min_lr"),
+    StageConfig: ("lr", "discriminator_lr", "warmup", "min_lr", "decay_from", "decay_until"),
     OptimizerConfig: ("weight_decay", "clip"),
 }
 CHOICES[LatentDataConfig] = CHOICES[ImageDataConfig]
@@ -147,5 +147,9 @@ def check_stage(stage: StageConfig, path: str, origins: Origins) -> None:
             refuse(f"starts.{term}", f"must not be negative, but is {start}")
     if stage.schedule == "inverse_sqrt" and not stage.warmup:
         refuse("warmup", "must be above 0 for schedule=inverse_sqrt, which falls as √(warmup / done)")
+    if stage.schedule != "linear" and (stage.decay_from or stage.decay_until is not None):
+        refuse("decay_from" if stage.decay_from else "decay_until", f"is of schedule=linear, not of {stage.schedule}")
+    if stage.decay_until is not None and stage.decay_until <= max(stage.decay_from, stage.warmup):
+        refuse("decay_until", f"{stage.decay_until:g} is not behind decay_from {stage.decay_from:g} and warmup {stage.warmup:g}")
     if stage.min_lr > stage.lr:
         refuse("min_lr", f"{stage.min_lr:g} is above lr {stage.lr:g}")

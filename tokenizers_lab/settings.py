@@ -112,9 +112,11 @@ class StageConfig:
     lr_scale: dict[str, float] = field(default_factory=dict)   # part of a parameter's name: factor of its learning rate
     discriminator_lr: float | None = None   # peak learning rate of the discriminators; none: the same
     warmup: float = 0.0                # linear warm-up
-    schedule: str = "cosine"           # after warm-up: cosine (to min_lr), constant or inverse_sqrt (lr · √(warmup / done))
+    schedule: str = "cosine"           # then cosine or linear (to min_lr), constant or inverse_sqrt (lr · √(warmup / done))
+    decay_from: float = 0.0            # linear: until when the rate stays at lr
+    decay_until: float | None = None   # linear: from when on it is min_lr; none: the stage's end
     discriminator_schedule: str | None = None   # the discriminators' own: cosine or constant, without warm-up; none: the same
-    min_lr: float = 0.0                # end of the cosine
+    min_lr: float = 0.0                # end of the cosine, and of the line
     weights: dict[str, float] = field(default_factory=dict)   # loss term: weight; a term that is not named is not computed
     starts: dict[str, float] = field(default_factory=dict)    # loss term: when in the stage it begins; default 0
     objective: dict[str, Any] = field(default_factory=dict)   # options of the objective that this stage changes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizers_lab.errors import ConfigError
-from tokenizers_lab.schedules import half_cosine
+from tokenizers_lab.schedules import half_cosine, ramp
 from tokenizers_lab.settings import OptimizerConfig, StageConfig
 
 
@@ -45,14 +45,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def learning_rate(stage: StageConfig, peak: float, done: float, length: float) -> float:
-    """Rate after `done` of `length` (both in the stage's unit): linear warm-up from 0, then half a cosine, constant, or
-    peak · √(warmup / done) (Vaswani et al. 2017)."""
+    """Rate after `done` of `length` (both in the stage's unit): linear warm-up from 0, then half a cosine, constant, a line
+    between two points, or peak · √(warmup / done) (Vaswani et al. 2017)."""
     if done < stage.warmup:
         return peak * done / stage.warmup
     if stage.schedule == "constant":
         return peak
     if stage.schedule == "inverse_sqrt":
         return peak * math.sqrt(stage.warmup / done)
+    if stage.schedule == "linear":
+        start, end = max(stage.decay_from, stage.warmup), length if stage.decay_until is None else stage.decay_until
+        return ramp(peak, stage.min_lr, max(done - start, 0.0) / max(end - start, 1e-12))
     share = (done - stage.warmup) / max(length - stage.warmup, 1e-12)
     return half_cosine(peak, stage.min_lr, share)
 
