@@ -48,6 +48,12 @@ class DiTDH(LatentGenerator, BlockStack):
         self.final = FinalLayer(cfg.head_width, cfg.channels, cfg.norm)
         init_dit(self, xavier=False)
 
+    def block(self, index: int) -> DiTBlock:
+        """The block of that index, from 0."""
+        found = self.blocks[index]
+        assert isinstance(found, DiTBlock)
+        return found
+
     def forward(self, x: Tensor, time: Tensor, labels: Tensor, tokens_after: int | None = None) -> GeneratorOutput:
         """x: (B, C, h, w) at times (B,) in [0, 1] of the config's clock; labels: (B,) int64, `null_class` for none.
 

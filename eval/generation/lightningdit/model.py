@@ -40,6 +40,12 @@ class LightningDiT(LatentGenerator, BlockStack):
         self.final = FinalLayer(cfg.width, cfg.patch**2 * cfg.channels * (2 if cfg.learn_sigma else 1), cfg.norm)
         init_dit(self)
 
+    def block(self, index: int) -> DiTBlock:
+        """The block of that index, from 0."""
+        found = self.blocks[index]
+        assert isinstance(found, DiTBlock)
+        return found
+
     def forward(self, x: Tensor, time: Tensor, labels: Tensor, tokens_after: int | None = None) -> GeneratorOutput:
         """x: (B, C, h, w) at times (B,) in [0, 1], 0 noise and 1 data; labels: (B,) int64, `null_class` for none.
 
