@@ -107,17 +107,21 @@ def read_token_shard(path: str | Path) -> Iterator[TokenSample]:
 
 
 def _read_tar(path: Path) -> Iterator[TokenSample]:
+    with open(path, "rb") as file:      # a truncated archive would seem to end early
+        file.seek(max(0, path.stat().st_size - 1024))
+        if file.read() != bytes(1024):
+            raise ValueError("it is truncated")
     with tarfile.open(path, "r|") as tar:
         name, kind, value = "", "", np.empty(0)
         for member in tar:
-            file = tar.extractfile(member)
-            if file is None:
+            content = tar.extractfile(member)
+            if content is None:
                 raise ValueError(f"{member.name} is no file")
             stem, _, ending = member.name.removesuffix(".npy").rpartition(".")
             if ending in KINDS:
-                name, kind, value = stem, ending, np.load(io.BytesIO(file.read()), allow_pickle=False)
+                name, kind, value = stem, ending, np.load(io.BytesIO(content.read()), allow_pickle=False)
             elif ending == "json" and stem == name:
-                yield TokenSample(kind, value, json.loads(file.read()))
+                yield TokenSample(kind, value, json.loads(content.read()))
             else:
                 raise ValueError(f"{member.name} was not expected")
 

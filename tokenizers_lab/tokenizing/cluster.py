@@ -21,12 +21,14 @@ from tokenizers_lab.tokenizing.plan import Block, Plan
 
 MOST_BLOCKS = 1000        # of Ray's, into which the list of the work is cut
 BLOCK_BYTES = 32 << 20    # of Ray's blocks of decoded samples: a task hands over what it has as soon as it has so much
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 Row = dict[str, Any]
 
 
 def import_ray() -> Any:
     """ray, with ray.data. Raises ConfigError that says how to install it."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
         import ray.data
@@ -46,14 +48,16 @@ def run_ray(
         gpus = int(resources.get("GPU", 0)) if device != "cpu" else 0
         actors = processes or gpus or max(1, int(resources.get("CPU", 1)) // 2)
         context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+        context.enable_progress_bars = context.print_on_execution_start = False
         context.target_max_block_size = BLOCK_BYTES
         work = units(job.plan, shards)
         rows = ray.data.from_items(work, override_num_blocks=min(len(work), MOST_BLOCKS))
         rows = rows.flat_map(decode_unit, fn_kwargs={"view": job.view})
         rows = rows.map(
             Network, fn_constructor_kwargs={"settings": job.settings, "device": device or ("cuda" if gpus else "cpu")},
-            concurrency=(1, actors), num_gpus=1 if gpus else None, num_cpus=None if gpus else 1)
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors), num_gpus=1 if gpus else None,
+            # over the nodes; also what keeps Ray from decoding inside of the actors
+            scheduling_strategy="SPREAD")
         with errors_of(ray):
             write_shards(job, rows.iter_rows(), note)
 
@@ -129,7 +133,7 @@ def connected(address: str) -> Iterator[Any]:
 
     where: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **where)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **where)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         raise ConfigError(f"--ray {address}: no Ray cluster answers ({str(error).splitlines()[0]}); start one with ray start "
                           "--head, or use --ray local") from error
