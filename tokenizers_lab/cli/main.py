@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 from tokenizers_lab.errors import TokenizersLabError
 
 COMMANDS = (
-    "train", "encode", "decode", "reconstruct", "eval", "probe", "compare", "report", "latent-stats", "latents", "features",
-    "tokenize", "export", "convert", "info", "config", "list", "assets")
+    "train", "encode", "decode", "reconstruct", "eval", "probe", "compare", "app", "report", "latent-stats", "latents",
+    "generate", "features", "tokenize", "export", "convert", "info", "config", "list", "assets")
 MODULES = {"tokenize": "tokenize_data"}      # commands whose module must not be called like one of the standard library's
 USER_ERROR = 2
 DESCRIPTION = "Train, use and compare tokenizers for images and speech."
