@@ -9,6 +9,7 @@ from tokenizers_lab.config_fill import Origins, nearest
 from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.registry import get_system
 from tokenizers_lab.settings import (
+    GuardConfig,
     ImageDataConfig,
     LatentDataConfig,
     OptimizerConfig,
@@ -19,7 +20,7 @@ from tokenizers_lab.settings import (
 )
 
 CHOICES: dict[type, dict[str, tuple[str, ...]]] = {
-    ImageDataConfig: {"crop": ("center", "random")},
+    ImageDataConfig: {"crop": ("center", "random"), "crop_filter": ("bicubic", "lanczos")},
     SpeechDataConfig: {"crop": ("random", "fixed", "start")},
     TrainConfig: {"precision": ("no", "bf16")},
     StageConfig: {"schedule": ("cosine", "linear", "constant", "inverse_sqrt"), "discriminator_schedule": ("cosine", "constant")},
@@ -33,9 +34,10 @@ ABOVE_ZERO: dict[type, tuple[str, ...]] = {
     OptimizerConfig: ("eps",),
 }
 NOT_NEGATIVE: dict[type, tuple[str, ...]] = {
-    ImageDataConfig: ("crop_min", "crop_max", "workers", "bad_fraction", "shuffle_buffer"),
+    ImageDataConfig: ("crop_min", "crop_max", "crop_share", "workers", "bad_fraction", "shuffle_buffer"),
     SpeechDataConfig: ("min_seconds", "text_frames", "workers", "bad_fraction", "shuffle_buffer"),
-    TrainConfig: ("validate_every", "keep_best", "ema"),
+    TrainConfig: ("validate_every", "keep_best", "ema", "ema_rampup"),
+    GuardConfig: ("jump", "discriminator", "start"),
     StageConfig: ("lr", "discriminator_lr", "warmup", "min_lr", "decay_from", "decay_until"),
     OptimizerConfig: ("weight_decay", "clip"),
 }
@@ -81,6 +83,8 @@ def check_run(cfg: RunConfig, origins: Origins, override_objective: Callable[[An
         refuse("train.accumulate", f"train.batch_size {train.batch_size} is not a multiple of {train.accumulate}")
     if train.ema >= 1:
         refuse("train.ema", f"must be below 1, not {train.ema}")
+    if 0 < train.guard.jump <= 1:
+        refuse("train.guard.jump", f"must be above 1, or 0 for none, not {train.guard.jump:g}")
     if train.best is not None and not train.best.removeprefix("-"):
         refuse("train.best", "must name a validation metric, such as psnr")
     if isinstance(data, ImageDataConfig) and data.crop_max and data.crop_max < (data.crop_min or data.size):

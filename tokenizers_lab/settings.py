@@ -19,6 +19,8 @@ class ImageDataConfig:
                                      # one are left out
     crop: str = "center"             # center: ADM's centre crop; random: a random square of crop_min to crop_max pixels
     crop_min: int = 0                # random crop: smallest side in pixels of the source image; 0: size
+    crop_share: float = 0.0          # random crop: smallest side as a share of the short side, in place of crop_min; 0: none
+    crop_filter: str = "bicubic"     # random crop: how it is scaled, bicubic or lanczos
     crop_max: int = 0                # random crop: largest side in pixels; 0: the image's short side
     flip: bool = True                # mirror half of the training images
     val_limit: int | None = None     # at most this many validation images; none: all
@@ -76,6 +78,17 @@ class OptimizerConfig:
 
 
 @dataclass
+class GuardConfig:
+    """Steps whose losses are too large are skipped, on all processes. (Those that are not finite always are.)"""
+
+    jump: float = 0.0                # generator: no update where a loss, the mean over processes, is more than so many times
+                                     # what it was in the step before; 0: there is no such rule
+    terms: list[str] = field(default_factory=list)   # jump: the losses that it looks at; empty: all of the stage
+    discriminator: float = 0.0       # discriminators: no update where one of their losses is larger; 0: there is no such rule
+    start: int = 0                   # step of the run from which on both count
+
+
+@dataclass
 class TrainConfig:
     """What all stages share. One step is one optimiser update."""
 
@@ -86,6 +99,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: float = 0.999                 # decay of the moving average of the weights, which is what load() gives
+    ema_rampup: float = 0.0            # its half-life is at most this share of the steps so far; 0: there is no ramp
+    guard: GuardConfig = field(default_factory=GuardConfig)
     max_minutes: float | None = None   # stop, saved and resumable, after this much training time in one session
     log_every: int = 10                # steps between two lines of metrics.jsonl
     validate_every: int = 1000         # steps between two validations (and one at the end of a stage); 0: at the end only

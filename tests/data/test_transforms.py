@@ -103,9 +103,29 @@ def test_the_protocol_never_decodes_reduced(monkeypatch):
         assert np.array_equal(np.asarray(training_view(opened, cfg, view_numbers(0), "x")), expected)
 
 
-@pytest.mark.parametrize(
-    "options", [{"crop": "middle"}, {"size": 0}, {"crop": "random", "crop_min": 40, "crop_max": 20}, {"crop_max": -1}]
-)
+def test_a_random_crop_may_be_a_share_of_the_short_side():
+    picture = noise(100, 60)
+    image, options = Image.fromarray(picture), {"crop": "random", "crop_share": 0.5, "flip": False}
+    # side int(60 · (0.5 + 0.5 · 0.5)) = 45; left int(0.25 · 56) = 14, top int(0.5 · 16) = 8
+    assert np.array_equal(view(image, (0.5, 0.25, 0.5, 0.9), size=45, **options), picture[8:53, 14:59])
+    assert np.array_equal(view(image, (0.0, 0.0, 0.0, 0.9), size=30, **options), picture[:30, :30])
+    assert np.array_equal(view(image, (1 - 2**-24, 0.0, 0.0, 0.9), size=59, **options), picture[:59, :59])
+    small = view(Image.fromarray(noise(20, 12)), view_numbers(0), size=32, **options)      # under the size: scaled up
+    assert small.shape == (32, 32, 3)
+
+
+def test_a_random_crop_is_scaled_by_the_filter_that_is_asked_for():
+    picture = Image.fromarray(noise(60, 60))
+    options = {"size": 20, "crop": "random", "crop_min": 60, "flip": False}
+    for name, kind in (("bicubic", Image.Resampling.BICUBIC), ("lanczos", Image.Resampling.LANCZOS)):
+        found = view(picture, (0.0, 0.0, 0.0, 0.9), crop_filter=name, **options)
+        assert np.array_equal(found, np.asarray(picture.resize((20, 20), kind)))
+
+
+@pytest.mark.parametrize("options", [
+    {"crop": "middle"}, {"crop_filter": "box"}, {"crop_share": 1.5}, {"crop_share": 0.5, "crop_min": 8}, {"size": 0},
+    {"crop": "random", "crop_min": 40, "crop_max": 20}, {"crop_max": -1},
+])
 def test_contradictory_options(options):
     with pytest.raises(ConfigError):
         check_crop(data_config("x", **options))

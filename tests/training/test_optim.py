@@ -6,7 +6,7 @@ from torch import nn
 
 from tokenizers_lab.errors import ConfigError
 from tokenizers_lab.settings import OptimizerConfig
-from tokenizers_lab.training.optim import build_optimizer, set_learning_rate
+from tokenizers_lab.training.optim import build_optimizer, ema_decay, set_learning_rate
 
 
 def networks():
@@ -53,3 +53,11 @@ def test_a_saved_optimiser_keeps_its_scales():
     second.load_state_dict(first.state_dict())
     set_learning_rate(second, torch.tensor(1.0).item())
     assert rates(module, second)["encoder.bias"] == pytest.approx(0.2)
+
+
+def test_the_average_ramps_up():
+    decay = 0.5 ** (1 / 400)      # halved in 400 steps
+    assert ema_decay(decay, 0.0, 3) == decay and ema_decay(decay, 0.05, 0) == 0      # at first a copy
+    assert ema_decay(decay, 0.05, 2000) == pytest.approx(0.5 ** (1 / 100)) and ema_decay(decay, 0.05, 20) == 0.5
+    assert ema_decay(decay, 0.05, 8000) == pytest.approx(decay) and ema_decay(decay, 0.05, 10**9) == decay
+    assert ema_decay(0.0, 0.05, 5) == 0

@@ -9,6 +9,7 @@ from tokenizers_lab.errors import ConfigError, DataError
 from tokenizers_lab.settings import ImageDataConfig
 
 Numbers = tuple[float, float, float, float]
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 
 def fit_image(image: Image.Image, size: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -53,9 +54,13 @@ def check_crop(cfg: ImageDataConfig) -> None:
     if cfg.crop not in ("center", "random"):
         raise ConfigError(f"data.crop is '{cfg.crop}'; it can be center or random")
     size = cfg.size if cfg.train_size is None else cfg.train_size
+    if cfg.crop_filter not in FILTERS:
+        raise ConfigError(f"data.crop_filter is '{cfg.crop_filter}'; it can be {' or '.join(FILTERS)}")
+    if not 0 <= cfg.crop_share <= 1 or (cfg.crop_share and cfg.crop_min):
+        raise ConfigError("data.crop_share must be in [0, 1], and stands in place of data.crop_min")
     if min(cfg.size, size) < 1 or cfg.crop_min < 0 or cfg.crop_max < 0:
         raise ConfigError("data.size and data.train_size must be positive, data.crop_min and data.crop_max at least 0")
-    low = cfg.crop_min or size
+    low = 1 if cfg.crop_share else cfg.crop_min or size
     if cfg.crop == "random" and cfg.crop_max and low > cfg.crop_max:
         raise ConfigError(f"data.crop_max ({cfg.crop_max}) is smaller than the smallest crop ({low}); raise it or lower crop_min")
 
@@ -72,13 +77,15 @@ def _random_square(image: Image.Image, cfg: ImageDataConfig, u: tuple[float, flo
     high = min(cfg.crop_max or min(width, height), width, height)
     low = min(cfg.crop_min or cfg.size, high)
     side = low + int(u[0] * (high - low + 1))
+    if cfg.crop_share:
+        side = max(1, int(high * (cfg.crop_share + (1 - cfg.crop_share) * u[0])))
     left, top = int(u[1] * (width - side + 1)), int(u[2] * (height - side + 1))
     reduced = _draft(image, side // (2 * cfg.size))
     box = tuple(edge / reduced for edge in (left, top, left + side, top + side))
     rgb = to_rgb(image, name)
     if reduced == 1 and rgb.size != (width, height):   # an orientation that stands after the pixels: never in a JPEG
         return _fit(rgb, cfg, name)
-    return rgb.resize((cfg.size, cfg.size), Image.Resampling.BICUBIC, box=box)   # type: ignore[arg-type]
+    return rgb.resize((cfg.size, cfg.size), FILTERS[cfg.crop_filter], box=box)   # type: ignore[arg-type]
 
 
 def _draft(image: Image.Image, factor: int) -> int:

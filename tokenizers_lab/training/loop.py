@@ -1,6 +1,7 @@
 """The training loop: one function, read from top to bottom."""
 
 import json
+import math
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -15,10 +16,12 @@ from tokenizers_lab.errors import ConfigError, TrainingError
 from tokenizers_lab.settings import RunConfig
 from tokenizers_lab.training import run as run_parts
 from tokenizers_lab.training.checkpoint import prune_checkpoints
+from tokenizers_lab.training.guard import find_jump, mean_terms
 from tokenizers_lab.training.objective import ADVERSARIAL, weighted_sum
 from tokenizers_lab.training.optim import (
     build_optimizer,
     discriminator_learning_rate,
+    ema_decay,
     learning_rate,
     set_learning_rate,
     update_ema,
@@ -157,7 +160,7 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                 active = run_parts.active_terms(stage, done)
                 rival = adversary if active & ADVERSARIAL else None
                 if rival is not None:
-                    rival.begin()
+                    rival.begin(state.step)
                     set_learning_rate(rival.optimizer, discriminator_learning_rate(stage, done, length))
                 draw = Draw(cfg.train.seed, rank, state.step, device)
                 torch.manual_seed(stable_seed(cfg.train.seed, rank, state.step, "dropout"))      # for dropout inside backbones
@@ -179,6 +182,11 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                     all_logs.append({"loss": loss, **losses.terms, **losses.logs})
                 norms = {"grad_norm": accelerator.clip_grad_norm_(generator_params, cfg.train.optimizer.clip or float("inf"))}
                 finite = finite * norms["grad_norm"].isfinite()
+                jump, guard = None, cfg.train.guard
+                if guard.jump:
+                    values = mean_terms(all_logs, guard.terms or sorted(active), accelerator)
+                    jump = find_jump(guard, values, state.terms, state.step)
+                    state.terms |= {name: value for name, value in values.items() if math.isfinite(value)}
                 if rival is not None:
                     assert rival.norm is not None      # the objective has called judge
                     norms["discriminator_grad_norm"], finite = rival.norm, finite * rival.finite
@@ -187,11 +195,16 @@ def train(cfg: RunConfig, resume: run_parts.Resume = "never") -> RunResult:
                     state.strikes = 0
                     for logs in [*all_logs, norms]:
                         meter.add(logs)
-                    optimizers["generator"].step()
                     if rival is not None:
                         rival.update()
-                    update_ema(nets.ema, nets.tokenizer, cfg.train.ema)
-                    nets.objective.after_step(nets.tokenizer)
+                    if rival is not None and rival.large:
+                        tracker.say(f"step {state.step}: a loss of the discriminators is too large; they are not updated")
+                    if jump is not None:
+                        tracker.say(f"step {state.step}: {jump}; no update")
+                    else:
+                        optimizers["generator"].step()
+                        update_ema(nets.ema, nets.tokenizer, ema_decay(cfg.train.ema, cfg.train.ema_rampup, state.step))
+                        nets.objective.after_step(nets.tokenizer)
                 else:
                     state.strikes += 1
                     for buffer, old in zip(nets.buffers(), before):

@@ -13,7 +13,7 @@ from tokenizers_lab.metrics import image_metrics, speech_metrics
 from tokenizers_lab.tokenizer import ImageTokenizer, SpeechTokenizer
 
 # terms that need discriminators, which train while one is active
-ADVERSARIAL = frozenset({"gan", "feature_matching", "spectral_feature_matching"})
+ADVERSARIAL = frozenset({"gan", "patchgan", "feature_matching", "spectral_feature_matching"})
 Judge = Callable[[Tensor, Tensor], None]
 
 

@@ -67,6 +67,14 @@ def discriminator_learning_rate(stage: StageConfig, done: float, length: float) 
     return learning_rate(own, peak, done, length)
 
 
+def ema_decay(decay: float, rampup: float, step: int) -> float:
+    """Decay of the moving average after `step` finished steps: its half-life is at most rampup · step, so that it forgets
+    the first weights sooner (Karras et al. 2021, StyleGAN3). rampup 0: always `decay`."""
+    if not rampup or not decay:
+        return decay
+    return min(decay, 0.5 ** (1 / (rampup * step))) if step else 0.0
+
+
 @torch.no_grad()
 def update_ema(ema: nn.Module, module: nn.Module, decay: float) -> None:
     """ema ← decay · ema + (1 − decay) · module for trained parameters; frozen ones and buffers are copied."""

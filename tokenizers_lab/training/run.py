@@ -35,6 +35,7 @@ from tokenizers_lab.training.checkpoint import (
     save_checkpoint,
     set_aside_newer,
 )
+from tokenizers_lab.training.guard import too_large
 from tokenizers_lab.training.objective import Judge, Losses, Objective
 from tokenizers_lab.training.optim import build_optimizer
 from tokenizers_lab.training.signals import StopFlag
@@ -58,6 +59,7 @@ class State:
     strikes: int = 0                  # non-finite steps in a row
     validated: int = -1               # step of the last validation
     validation: dict[str, float] = field(default_factory=dict)   # its metrics, if it was at `step`
+    terms: dict[str, float] = field(default_factory=dict)        # last values of the losses that train.guard looks at
     best: float | None = None         # best value of the metric `train.best` so far
 
 
@@ -113,11 +115,13 @@ class Adversary:
         optimizer = build_optimizer(step.named_parameters(), cfg.discriminator_optimizer)
         self.step, self.optimizer = accelerator.prepare(step, optimizer)
         self.clip, self.accumulate = cfg.discriminator_optimizer.clip or float("inf"), cfg.accumulate
+        self.guard = cfg.guard
         self.accelerator, self.agree = accelerator, agree
         self.begin()
 
-    def begin(self) -> None:
-        """Forget the last step."""
+    def begin(self, step: int = 0) -> None:
+        """Forget the last step. step: number of the one that begins; `large` says in its end whether a loss was too large."""
+        self.number, self.large = step, False
         self.logs: list[dict[str, Tensor]] = []
         self.finite: Tensor | float = 1.0
         self.norm: Tensor | None = None
@@ -132,15 +136,18 @@ class Adversary:
             self.accelerator.backward(loss / self.accumulate)
         self.logs.append({**judged.terms, **judged.logs})
         self.finite = self.finite * loss.detach().isfinite()
+        self.large = self.large or too_large(self.guard, judged.terms, self.number)
         if last:
             self.norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip)
             self.finite = self.finite * self.norm.isfinite()
-            if self.first and self.agree(bool(self.finite)):
+            if self.guard.discriminator:
+                self.large = not self.agree(not self.large)
+            if self.first and self.agree(bool(self.finite)) and not self.large:
                 self.optimizer.step()
 
     def update(self) -> None:
         """Step, unless that was done already."""
-        if not self.first:
+        if not self.first and not self.large:
             self.optimizer.step()
 
 
