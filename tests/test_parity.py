@@ -20,7 +20,8 @@ SETS = Path(__file__).parent / "parity"
 SCRIPT = Path(__file__).parent.parent / "scripts" / "verify_parity.py"
 FOLDERS = [("rectok", "rectok"), ("rectok", "rectok-options"), ("rectok", "rectok-plain"), ("lm_spt", "lm_spt"),
            ("dm_codec", "dm_codec"), ("tadicodec", "tadicodec"), ("uniflow", "uniflow"),
-           ("xy_tokenizer", "xy_tokenizer"), ("vfm_vae", "vfm_vae"), ("vtp", "vtp")]
+           ("xy_tokenizer", "xy_tokenizer"), ("vfm_vae", "vfm_vae"), ("vtp", "vtp"),
+           ("lightningdit", "lightningdit"), ("ditdh", "ditdh")]
 AT_LEAST = {"uniflow": 20}      # tensors that are compared; no training forward of UniFlow was released
 
 

@@ -135,7 +135,7 @@ def training(
         result[f"loss.{term}"] = step.terms[term]
         result[f"loss.{term}_per_sample"] = torch.stack([terms[term] for terms in single])
     adam = build_optimizer(trained.named_parameters(), OptimizerConfig(
-        weight_decay=float(optimizer["weight_decay"]), eps=float(optimizer["eps"]),
+        weight_decay=float(optimizer["weight_decay"]), eps=float(optimizer["eps"]), decay_vectors=True,
         betas=(float(optimizer["beta1"]), float(optimizer["beta2"]))))
     set_learning_rate(adam, float(optimizer["lr"]))
     for number in (1, 2):

@@ -50,8 +50,9 @@ def compute(folder: Path, given: dict[str, Tensor]) -> dict[str, Tensor]:
             variant = official_network(
                 DiTDH, from_official, folder / "variant_weights.safetensors", config["variant_constructor_args"])
             result |= other_options(variant, given)
-        result |= sampling(network, guide, given, config["sample"]) | rae(network, given, config["rae"], drop)
-        result |= statistics(given["stats.moments"])
+        result |= sampling(network, guide, given, config["sample"]) | statistics(given["stats.moments"])
+        if "rae" in config:
+            result |= rae(network, given, config["rae"], drop)
         result["image.uint8"] = to_uint8(given["image.float01"]).movedim(1, -1)
     parts: dict[str, tuple[str, ...]] = {name: (f"{prefix}.",) for name, prefix in (
         ("x_embedder", "x_embed"), ("s_embedder", "s_embed"), ("s_projector", "s_projector"), ("t_embedder", "t_embed"),
@@ -118,7 +119,9 @@ def sampling(
     noise, labels = given["sample.rand_noise"], given["sample.labels"]
     steps, (low, high) = int(options["num_sampling_steps"]) - 1, options["interval_for_guided"]
     scales = {"cfg": float(options["cfg_scale"]), "autoguidance": float(options["guidance_scale"])}
-    plain = SamplingConfig(steps=steps, shift=0)
+    found = resolution_shift(network.cfg.channels * network.cfg.grid**2)
+    shift = max(found, 1 / found)      # the authors' code puts more steps near noise for small latents too
+    plain = SamplingConfig(steps=steps, shift=shift)
 
     def sample(cfg: SamplingConfig, by: DiTDH | None = None) -> Tensor:
         return network.solve(network.guided_velocity(labels, cfg, by), noise, cfg, [])
@@ -131,7 +134,7 @@ def sampling(
     for name, by in (("cfg", None), ("autoguidance", guide)):
         if name == "autoguidance" and by is None:
             continue
-        everywhere = SamplingConfig(steps=steps, shift=0, guidance=scales[name])
+        everywhere = SamplingConfig(steps=steps, shift=shift, guidance=scales[name])
         inside = SamplingConfig(steps=steps, guidance=scales[name], guidance_low=float(low), guidance_high=float(high))
         result[f"sample.euler_{name}"] = sample(everywhere, by)
         result[f"guided.velocity_{name}_interval"] = network.guided_velocity(given["y"], inside, by)(

@@ -44,7 +44,7 @@ def compute(folder: Path, given: dict[str, Tensor]) -> dict[str, Tensor]:
     transport, optimizer = config["transport"], config["optimizer"]
     objective = LatentObjectiveConfig(
         time=time_config(transport), label_drop=float(config["constructor_args"]["class_dropout_prob"]))
-    weights = {"mse": 1.0} | ({"cosine": 1.0} if transport.get("use_cosine_loss") else {})
+    weights = {"mse": 1.0, "cosine": 1.0 if transport.get("use_cosine_loss") else 0.0}
     clip = float(optimizer.get("max_grad_norm") or "inf")
     result |= training(network, given, objective, weights, PARTS, optimizer, clip, float(config["ema_decay"]))
     return result | {k.replace(".blocks.", ".block"): v for k, v in result.items() if ".blocks." in k}
@@ -156,8 +156,8 @@ def statistics(network: LightningDiT, given: Mapping[str, Tensor], config: Mappi
     moments = LatentMoments()
     moments.add(as_vectors(given["stats.latents"]))
     mean, std = (torch.from_numpy(values).float() for values in (moments.mean, moments.unbiased_std))
-    if config["latents"]["latent_norm"]:
-        network.set_latent_statistics(mean, std / float(config["latents"]["latent_multiplier"]))
+    centre, scale = (mean, std) if config["latents"]["latent_norm"] else (torch.zeros_like(mean), torch.ones_like(std))
+    network.set_latent_statistics(centre, scale / float(config["latents"]["latent_multiplier"]))
     cut = slice(0, 2)
     normalised = network.normalise(given["stats.latents"][cut])
     guided = sampling(network, given, config["sample"])["sample.euler_shifted_cfg"]
