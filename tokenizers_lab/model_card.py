@@ -16,14 +16,19 @@ def model_card(system: str, config: dict[str, Any]) -> str:
     described = get_system(system)
     provenance = config.get("provenance") or {}
     licence = str(provenance.get("licence", "")).lower()
-    header = ["---", "library_name: tokenizers-lab", f"tags: [tokenizer, {described.kind}, {system}]"]
+    name = "generator" if described.kind == "generator" else "tokenizer"
+    tags = ", ".join(dict.fromkeys([name, described.kind, system]))
+    header = ["---", "library_name: tokenizers-lab", f"tags: [{tags}]"]
     if licence:
         header.append(f"license: {licence if licence in SPDX else 'other'}")
     lines = [
         *header, "---", f"# {system}", "", f"{described.summary}. {described.paper}.", "",
         "```python", "import tokenizers_lab", "",
-        'tokenizer = tokenizers_lab.load("FOLDER_OR_HUB_ID")', *USAGE[described.kind], "```", "", "## Weights", "",
+        f'{name} = tokenizers_lab.load("FOLDER_OR_HUB_ID")', *USAGE[described.kind], "```", "", "## Weights", "",
     ]
+    about = provenance.get("tokenizer")
+    if isinstance(about, dict):
+        lines.append(f"Of the latents of {about.get('name')}, whose weights have the SHA-256 {about.get('sha256')}.")
     origin = provenance.get("converted_from")
     if origin:
         lines.append(f"Converted from the authors' release {origin} ({provenance.get('source', '')}), file "
@@ -44,4 +49,6 @@ USAGE = {
               "images = tokenizer.decode(latents)"],
     "speech": ["codes = tokenizer.encode(audio).codes     # audio: float (B, channels, samples) in [-1, 1]",
                "audio = tokenizer.decode(codes)"],
+    "generator": ["latents = generator.sample(labels, seeds)     # labels: int64 (B,); seeds: a number for each image",
+                  "latents = generator.denormalise(latents)      # (B, C, h, w), for the tokenizer that config.json names"],
 }
