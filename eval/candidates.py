@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from tokenizers_lab.draw import stable_seed
 from tokenizers_lab.errors import InputError
 from tokenizers_lab.metrics import patch_mean
-from tokenizers_lab.tokenizer import ImageEncoding, ImageTokenizer, Tokenizer
+from tokenizers_lab.network import Network
+from tokenizers_lab.tokenizer import ImageEncoding, ImageTokenizer
 
 from .provenance import weights_sha256
 
 UNTRAINED_LABEL = "untrained (random weights)"
-Network = TypeVar("Network", bound=Tokenizer)
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 @dataclass
@@ -134,7 +135,7 @@ def check_sampling(sample: bool, forward_batch: int) -> None:
         raise InputError(f"drawn latents (sample) need one image at a time: forward_batch must be 1, not {forward_batch}")
 
 
-def untrained_copy(tokenizer: Network, seed: int = 0) -> Network:
+def untrained_copy(tokenizer: AnyNetwork, seed: int = 0) -> AnyNetwork:
     """The same network with new, seeded random weights, in eval mode; global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -189,6 +189,7 @@ def make_statistics(
     """
     extractor = in_step(lambda: load_extractor(features, device))
     spatial = extractor.kind != "teacher"
+    batches: Callable[[], Batches]
     if size is None or source.endswith(".npz"):
         found = in_step(lambda: open_samples(source))
         if size is not None and found.size != (size, size):

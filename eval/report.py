@@ -16,6 +16,7 @@ from .report_curves import curves_section
 from .report_page import page
 from .report_parts import facts, latents_section, metrics_section
 from .report_pictures import pictures_section
+from .report_samples import samples_section
 from .report_sounds import codes_section, sounds_section
 from .report_steps import steps_section
 from .runs import METRICS, RunFolder, evaluate_run, open_run, read_results
@@ -82,7 +83,8 @@ def view_run(folder: Path, tag: str = "", metrics: Sequence[str] | None = None) 
 
 def is_whole(run: RunFolder, results: dict[str, Any], metrics: Sequence[str] | None) -> bool:
     """Whether the results have the metrics asked for and the files of their examples."""
-    files = [file for e in results.get("examples", []) for file in e.get("sounds", {"original": e.get("original")}).values()]
+    files = [file for e in results.get("examples", [])
+             for file in (e.get("files") or e.get("sounds") or {"original": e.get("original")}).values()]
     asked = metrics is None or set(metrics) <= set(results["run"].get("metrics", []))
     return asked and all((run.path / file).is_file() for file in files)
 
@@ -155,5 +157,9 @@ SECTIONS: dict[str, dict[str, tuple[str, Section]]] = {      # of each kind of r
         "quality": ("Quality", metrics_section), "sounds": ("Reconstructions", sounds_section),
         "steps": ("Sampling steps", steps_section),
         "codes": ("Codes", codes_section), "curves": ("Curves", curves_section), "origin": ("Origin and config", _origin_section),
+    },
+    "generator": {
+        "quality": ("Quality", metrics_section), "samples": ("Samples", samples_section),
+        "curves": ("Curves", curves_section), "origin": ("Origin and config", _origin_section),
     },
 }

@@ -60,10 +60,10 @@ def metrics_section(views: "list[RunView]") -> str:
     missing = "".join(f"<p>{escape(title)} is not here: {escape(reason)}</p>" for title, reason in reasons.items())
     first, noun = _results(known[0]), NOUNS[known[0].run.kind]
     head = "".join(f"<th>{escape(title)}</th>" for title in titles.values())
+    means = f"Means over the {noun}; below each its 95 % bootstrap interval. Margins are taken {noun[:-1]} by {noun[:-1]}."
     return f"""<section id="quality"><h2>Quality <small>on {first["n"]} held-out {noun}</small></h2>
 <div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>
-<p class="soft">Means over the {noun}; below each its 95 % bootstrap interval.
-Margins are taken {noun[:-1]} by {noun[:-1]}; positive is better.</p>{missing}</section>"""
+<p class="soft">{escape(first.get("explanation") or means)} Positive margins are better.</p>{missing}</section>"""
 
 
 def _results(view: "RunView") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tokenizers_lab.data.batch import ImageBatch
 from tokenizers_lab.data.loader import validation_batches
 from tokenizers_lab.errors import CheckpointError, DataError, WeightsMissing
 from tokenizers_lab.hub import load
+from tokenizers_lab.network import Network
 from tokenizers_lab.registry import get_system
 from tokenizers_lab.settings import RunConfig
 from tokenizers_lab.tokenizer import ImageTokenizer, SpeechTokenizer, Tokenizer
@@ -28,12 +29,13 @@ from .latents import latent_statistics
 from .provenance import write_json
 
 RESULTS, GRID, EXAMPLES, METRICS_FILE, TEACHERS = "results.json", "grid.png", "examples", "metrics.jsonl", "provenance.json"
-NOUNS = {"image": "images", "speech": "clips"}     # what a run of that kind is measured on
+NOUNS = {"image": "images", "speech": "clips", "generator": "images"}     # what a run of that kind is measured on
 MODEL_LABEL = "trained (EMA weights)"
 EXAMPLE_COUNT, CLIP_COUNT = 16, 6     # pictures, clips that are kept to listen to
 METRICS = {
     "image": ("psnr", "ssim", "lpips"),
     "speech": ("mel", "sisdr", "stoi", "pesq_wb", "usage", "bitrate"),     # those that take seconds; wer and the like by name
+    "generator": ("fid", "kid"),     # of samples, named after the features
 }
 STEP_METRICS = {"image": ("psnr", "ssim", "lpips"), "speech": ("mel", "sisdr")}      # at each number of sampling steps
 
@@ -52,7 +54,7 @@ class RunFolder:
 
     @property
     def kind(self) -> str:
-        """What it is for: image or speech."""
+        """What it is for: image, speech or generator."""
         return get_system(self.config.system).kind
 
     @property
@@ -120,7 +122,7 @@ class ExampleKeeper:
 def evaluate_run(
     run: RunFolder, metrics: Sequence[str] | None = None, device: torch.device | str = "cpu", batch_size: int = 16
 ) -> dict[str, Any]:
-    """Evaluate the newest checkpoint's EMA weights on the run's validation images or clips.
+    """Evaluate the newest checkpoint's EMA weights on the run's validation images or clips, or what a generator samples.
 
     metrics: none: those of METRICS for its kind. One whose weights or package are not here becomes a row that says so.
     A diffusion decoder is also measured at several numbers of steps: `steps`.
@@ -139,8 +141,8 @@ def evaluate_run(
     elif isinstance(tokenizer, SpeechTokenizer):
         results = _measure_clips(run, tokenizer, metrics, batch_size)
     else:
-        raise CheckpointError(f"{run.checkpoint} holds neither an image nor a speech tokenizer")
-    if takes_steps(tokenizer):
+        results = _measure_samples(run, tokenizer, metrics, batch_size)
+    if isinstance(tokenizer, Tokenizer) and takes_steps(tokenizer):
         results["steps"] = _measure_steps(run, tokenizer, results, batch_size)
     results["run"] = {
         "system": run.config.system, "name": run.config.name, "step": run.step, "total": run.total, "status": run.status,
@@ -175,6 +177,16 @@ def _measure_images(run: RunFolder, tokenizer: ImageTokenizer, metrics: Sequence
             Image.fromarray(images[i]).save(run.path / entry[kind], optimize=True)
     save_grid(originals, reconstructions, run.path / GRID)
     return results
+
+
+def _measure_samples(run: RunFolder, network: Network, metrics: Sequence[str], batch_size: int) -> dict[str, Any]:
+    """The results of a generator, with grid and samples. Raises CheckpointError if the network is none."""
+    from .generation.evaluate import evaluate_generator
+    from .generation.generator import LatentGenerator
+
+    if not isinstance(network, LatentGenerator):
+        raise CheckpointError(f"{run.checkpoint} holds neither a tokenizer of images or speech nor a generator")
+    return evaluate_generator(run, network, metrics, batch_size)
 
 
 def _measure_clips(run: RunFolder, tokenizer: SpeechTokenizer, metrics: Sequence[str], batch_size: int) -> dict[str, Any]:

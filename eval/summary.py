@@ -31,7 +31,7 @@ def finish_run(
 
 def result_paths(run: RunFolder) -> dict[str, Path]:
     """What a finished run leaves for a person, by name."""
-    seen = {"image": {"grid": run.path / GRID}, "speech": {"sounds": run.path / EXAMPLES}}[run.kind]
+    seen = {"sounds": run.path / EXAMPLES} if run.kind == "speech" else {"grid": run.path / GRID}
     checkpoint = {} if run.checkpoint is None else {"checkpoint": run.checkpoint}
     return {**seen, "metrics": run.path / METRICS_FILE, "results": run.path / RESULTS, **checkpoint, "report": run.path / REPORT}
 
