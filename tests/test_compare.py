@@ -144,7 +144,8 @@ def test_command(tmp_path, capsys):
     assert call([*command, "--metrics", "mel,bitrate", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "dac:random-tiny@2 (random weights)" in printed and "mean mel" in printed and "bitrate, kbit/s" in printed
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.html", "compare.json", "compare.md", "examples"]
+    written = ["compare.html", "compare.json", "compare.md", "examples"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == written
     row = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"][1]
     assert row["weights"]["source"].startswith("random weights") and f"{row['metrics']['mel']['value']:.4f}" in printed
     assert call([*command, "--size", "32"]) == 2 and "--size is for images" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Compares two codecs in one process of several: RANK WORLD STORE RESULT; the first process writes the result and its examples."""
+"""Compares codecs in one process of several: RANK WORLD STORE RESULT; the first writes the result and its examples."""
 
 import json
 import sys

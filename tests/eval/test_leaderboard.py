@@ -153,7 +153,8 @@ def test_a_model_that_fails_is_a_row(tmp_path):
     assert {margin["over"] for margin in result["margins"]} == {"ours"}
     assert list(examples.items[0].made) == ["ours", "again"]
     page, text = comparison_page(result, examples), markdown(result)
-    assert "weights &lt;b&gt;are not here" in page and "<b>are" not in page and page.count('<span class="flag">failed</span>') == 2
+    assert "weights &lt;b&gt;are not here" in page and "<b>are" not in page
+    assert page.count('<span class="flag">failed</span>') == 2
     assert "- broken could not be measured: RuntimeError: out of memory" in text and "| gone (failed) | – |" in text
     with pytest.raises(RuntimeError, match="out of"):
         speech([("broken", ours(Broken)), ("gone", missing)])
@@ -166,7 +167,7 @@ def test_damaged_data_is_no_fault_of_a_model(monkeypatch):
         raise DataError("clip.wav cannot be read")
 
     monkeypatch.setattr(compare, "evaluate_speech_data", unreadable)
-    with pytest.raises(DataError, match="clip.wav"):
+    with pytest.raises(DataError, match=r"clip\.wav cannot"):
         speech(codecs())
 
 

@@ -1,13 +1,9 @@
 """Opens the report in headless Chromium."""
 
-import html
 import json
-import os
-import re
-import shutil
-import subprocess
 
 import pytest
+from browser import look
 from speech_runs import DM_CODEC, LM_SPT, written_run
 from toy import write_run
 
@@ -15,10 +11,6 @@ from tokenizers_lab.eval import image_metrics
 from tokenizers_lab.eval.report import write_report
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("toy_system")]
-
-OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-           "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--enable-logging=stderr",
-           "--window-size=1280,1600", "--virtual-time-budget=10000", "--dump-dom"]
 
 # runs in the page after its own script: uses it as a person would, and leaves what it saw in an attribute
 PROBE = """<script>
@@ -69,41 +61,11 @@ window.addEventListener('load', () => {      // which waits until each player kn
   document.documentElement.dataset.seen = JSON.stringify(seen);
 });
 </script></body>"""
-WATCH = """<script>window.problems = [];
-window.addEventListener('error', e => problems.push(String(e.message)));
-document.addEventListener('securitypolicyviolation', e => problems.push(e.violatedDirective + ' ' + e.blockedURI));
-</script></head>"""
-
-
-@pytest.fixture
-def chromium() -> str:
-    """Path of the browser; CI must have one."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if found is None:
-        reason = "no Chromium on this machine (Debian: apt-get install chromium)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found
-
-
-def look(chromium: str, page, tmp_path, probe: str = PROBE) -> dict:
-    """Open a copy of the page with the probe in it; returns what the probe saw."""
-    text = page.read_text()
-    probed = tmp_path / "probed.html"
-    probed.write_text(text.replace("</head>", WATCH, 1).replace("</body>", probe, 1))
-    command = [chromium, *OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", f"file://{probed}"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in result.stderr, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
-    assert 'data-ready="yes"' in result.stdout
-    seen = re.search(r'data-seen="([^"]*)"', result.stdout)
-    assert seen, "the page's script or the probe stopped"
-    return json.loads(html.unescape(seen.group(1)))
 
 
 def test_report_works_in_a_browser(chromium, tmp_path, monkeypatch):
     monkeypatch.setattr(image_metrics, "ALIASES", {"lpips": ()})
-    seen = look(chromium, write_report(write_run(tmp_path)), tmp_path)
+    seen = look(chromium, write_report(write_run(tmp_path)), tmp_path, PROBE)
     assert seen["problems"] == []
     assert seen["clips"] == ["inset(0px 0px 0px 50%)", "inset(0px 0px 0px 25%)", "inset(0px 0px 0px 100%)"]
     assert seen["first"] and seen["clicked"] and seen["selected"] and seen["values"].startswith("003 <b>.png: psnr ")
@@ -116,7 +78,7 @@ def test_report_works_in_a_browser(chromium, tmp_path, monkeypatch):
 def test_two_runs_work_in_a_browser(chromium, tmp_path, monkeypatch):
     monkeypatch.setattr(image_metrics, "ALIASES", {"lpips": ()})
     page = write_report(write_run(tmp_path), write_run(tmp_path, "other", channels=3, steps=40, seed=1))
-    seen = look(chromium, page, tmp_path)
+    seen = look(chromium, page, tmp_path, PROBE)
     assert seen["problems"] == [] and seen["first"] and seen["clicked"] and seen["selected"]
     assert seen["clips"] == ["inset(0px 0px 0px 50%)", "inset(0px 0px 0px 25%)", "inset(0px 0px 0px 100%)"]
     assert seen["values"].startswith("003 <b>.png: A: psnr ") and "; B: psnr " in seen["values"]
@@ -130,7 +92,7 @@ def test_the_page_refuses_the_network(chromium, tmp_path, monkeypatch):
     page = write_report(write_run(tmp_path))
     page.write_text(page.read_text().replace("<main>", '<main><img src="http://127.0.0.1:9/x.png">', 1))
     with pytest.raises(AssertionError, match="Content Security Policy"):
-        look(chromium, page, tmp_path)
+        look(chromium, page, tmp_path, PROBE)
 
 
 def test_sounds_play_in_a_browser(chromium, tmp_path):
