@@ -6,8 +6,10 @@ the name alone. What is written goes into the folder that the caller hands over,
 
 import math
 import time
+import warnings
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from tokenizers_lab.data.audio import read_audio
 from tokenizers_lab.data.decode import read_image
 from tokenizers_lab.data.resample import resample
 from tokenizers_lab.data.transforms import fit_image
-from tokenizers_lab.errors import InputError
+from tokenizers_lab.errors import InputError, TokenizersLabError
 from tokenizers_lab.tokenizer import ImageTokenizer, SpeechTokenizer
 
 from ..image_metrics import METRICS, PSNR_CAP
@@ -253,13 +255,15 @@ def reconstruct_sound(
     """
     tokenizer = _speech_tokenizer(model)
     check_file(file, name, True, limits)
-    sound = find_sounds([str(file)], tokenizer, "mix")[0]
+    with _called(file, name):
+        sound = find_sounds([str(file)], tokenizer, "mix")[0]
     if sound.seconds > limits.seconds:
         raise InputError(f"{name}: {sound.seconds:.1f} s are more than {limits.seconds:g} s, which this page takes: cut it, or "
                          "start it with --max-seconds")
     options = sampling.options(tokenizer)
     start = time.perf_counter()
-    stored = encode_sound(tokenizer, sound, lambda share: advance(share / 2))
+    with _called(file, name):
+        stored = encode_sound(tokenizer, sound, lambda share: advance(share / 2))
     middle = time.perf_counter()
     encoded = folder / f"{_stem(name)}.safetensors"
     sound = replace(sound, file=name)
@@ -366,11 +370,8 @@ def _sound_quality(heard: Clip, audio: Tensor, rate: int, model: LoadedModel) ->
 def open_encoded(file: Path, name: str, limits: Limits) -> Encoded:
     """A file that `toklab encode` wrote, called by its name. Raises InputError, DataError."""
     check_size(file, name, limits)
-    try:
-        encoded = read_encoded(str(file))
-    except InputError as error:
-        raise InputError(str(error).replace(str(file), name)) from error
-    return replace(encoded, file=name)
+    with _called(file, name):
+        return replace(read_encoded(str(file)), file=name)
 
 
 def choose_model(models: list[LoadedModel], encoded: Encoded, chosen: LoadedModel | None, any_model: bool) -> LoadedModel:
@@ -415,6 +416,19 @@ def _model_facts(model: LoadedModel, options: dict[str, Any], text: str = "") ->
     told += [("with" if text else "without") + " text"] if reads else []
     sampling = {"decoder": ", ".join(told)} if told else {}
     return {**sampling, "parameters": f"{model.parameters / 1e6:.2f} M", "weights": model.origin}
+
+
+@contextmanager
+def _called(file: Path, name: str) -> Iterator[None]:
+    """Errors and warnings call a file by the name that its owner knows."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            yield
+    except TokenizersLabError as error:
+        raise type(error)(str(error).replace(str(file), name)) from error
+    for warning in caught:
+        warnings.warn(str(warning.message).replace(str(file), name), warning.category, stacklevel=3)
 
 
 def _finite(images: Tensor, model: LoadedModel) -> Tensor:

@@ -128,15 +128,15 @@ def tiny_recipe(system: str, model: dict[str, Any]) -> str | None:
 
 
 def is_untrained(tokenizer: ImageTokenizer | SpeechTokenizer) -> bool:
-    """Whether all that a new network sets to a constant (biases, scales of norms) still has that value: no step was taken.
+    """Whether all that a new network sets to a constant (biases, scales of norms, counts of codes) still has that value.
 
     A network that has no such tensors is not known to be untrained.
     """
     fresh = untrained_copy(tokenizer)
     if isinstance(fresh, SpeechTokenizer):
         fresh.fuse()
-    known: dict[str, Tensor] = dict(tokenizer.named_parameters())
-    constants = {name: value for name, value in fresh.named_parameters() if value.numel() > 1 and _constant(value)}
+    known = tokenizer.state_dict()
+    constants = {name: value for name, value in fresh.state_dict().items() if value.numel() > 1 and _constant(value)}
     return bool(constants) and all(bool(known[name].eq(value).all()) for name, value in constants.items())
 
 
