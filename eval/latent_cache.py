@@ -26,7 +26,7 @@ from torch import Tensor
 from tokenizers_lab.asset_readers import sha256_of
 from tokenizers_lab.data.folder import ImageFolder
 from tokenizers_lab.data.latent_manifest import ENDINGS, FORMAT, MANIFEST, NO_LABEL, PARTIAL, class_names
-from tokenizers_lab.data.loader import find_source
+from tokenizers_lab.data.loader import WORTH_WORKERS, find_source
 from tokenizers_lab.data.processes import Fetcher
 from tokenizers_lab.data.quarantine import Quarantine
 from tokenizers_lab.data.sampling import spread
@@ -127,7 +127,8 @@ def write_latents(
         else:
             listed = ListedPieces(listing, order, reader, batch_size, options.shard_size, wanted)
             shards, total, root = listed.shards, len(listed), f"{listing.root}/"
-            fetcher = Fetcher(listed, min(data.workers, total), range(total))
+            workers = data.workers if len(order) >= WORTH_WORKERS else 0
+            fetcher = Fetcher(listed, min(workers, total), range(total))
         quarantine = Quarantine(None, bad_fraction, option="--bad-fraction")
         try:
             batches = progress(fetcher, total)

@@ -81,7 +81,7 @@ def encode(args: argparse.Namespace, rank: int) -> tuple[dict[str, Any], int]:
     device = in_step(lambda: device_of(args))
     tokenizer = in_step(lambda: load_model(args.model, device))
     if not isinstance(tokenizer, ImageTokenizer):
-        raise InputError(f"{args.model} is a {tokenizer.system} network, not a tokenizer for images")
+        raise InputError(f"{args.model} is a {tokenizer.system} tokenizer, which is not for images")
     size = args.size if args.size is not None else int(getattr(tokenizer.cfg, "image_size", 256))
     data = data_config(args.data, size, args.limit, min(DECODERS, os.cpu_count() or 1))
 
