@@ -17,7 +17,7 @@ def mean_terms(logs: Sequence[Mapping[str, Tensor]], names: Sequence[str], accel
     there = [name for name in names if name in logs[0]]
     if not there:
         return {}
-    means = torch.stack([torch.stack([one[name].detach().double() for one in logs]).mean() for name in there])
+    means = torch.stack([torch.stack([one[name].detach().float() for one in logs]).mean() for name in there])
     return dict(zip(there, accelerator.reduce(means, "mean").tolist()))
 
 
