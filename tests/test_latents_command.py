@@ -240,9 +240,9 @@ def test_a_peers_latents(capsys, photos):
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 2, "scaling_factor": 0.5}
-    AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **sizes).save_pretrained(
-        "vae")
+    AutoencoderKL(**blocks, **sizes).save_pretrained("vae")
     toklab(capsys, "latents", "diffusers:vae", "photos/elk", "out", "--size", "16", "--moments", "--device", "cpu")
     tensors = load_file("out/shard-00000.safetensors")
     with torch.inference_mode():
