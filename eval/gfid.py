@@ -27,7 +27,7 @@ from .images import data_protocol
 from .precision_recall import Arithmetic
 from .provenance import environment
 from .rfid import collect_features
-from .sample_sets import SampleSet, open_samples
+from .sample_sets import SampleSet, find_images, open_samples
 from .statistics import Statistics, compute_statistics, content_hash, read_statistics
 
 COUNT = 50_000       # samples of every published gFID
@@ -73,6 +73,7 @@ def evaluate_samples(
             raise InputError(f"there is no metric of samples '{name}'; known: {', '.join(KNOWN)}")
     if score not in SCORES:
         raise InputError(f"there is no protocol '{score}' of the Inception Score; known: {', '.join(SCORES)}")
+    reference = str(find_images(reference)) if Path(reference).is_dir() else reference
     found = in_step(lambda: open_samples(samples))
     if count is not None and len(found) != count:
         raise InputError(f"{samples} holds {len(found):,} images, a gFID is of {count:,}: --allow-count measures them all the "

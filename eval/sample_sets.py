@@ -89,14 +89,20 @@ def read_protocol(file: Path) -> dict[str, Any] | None:
         return None
 
 
+def find_images(name: str) -> Path:
+    """Where the images are: in a folder of `toklab generate` its samples.npz, else its images/; anything else itself."""
+    path = Path(name).expanduser()
+    if not (path / PROTOCOL_FILE).is_file():
+        return path
+    return path / (SAMPLES_FILE if (path / SAMPLES_FILE).is_file() else IMAGES_FOLDER)
+
+
 def open_samples(name: str) -> SampleSet:
     """An NPZ file with `arr_0`, a folder of `toklab generate`, or a folder of images of one size.
 
     Raises DataError if it is none of them or empty, InputError for anything else than a folder or an .npz file.
     """
-    path = Path(name).expanduser()
-    if (path / PROTOCOL_FILE).is_file():
-        path = path / (SAMPLES_FILE if (path / SAMPLES_FILE).is_file() else IMAGES_FOLDER)
+    path = find_images(name)
     if path.is_dir():
         folder = open_folder(path)
         with open_image(folder.root / folder.names[0]) as image:

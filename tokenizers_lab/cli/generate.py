@@ -19,7 +19,7 @@ and another one is refused.
 
 Sample i has a class and a noise of its own, which follow from i and --seed: neither the batch size nor the number of processes
 changes them. An interrupted command goes on where it stopped when it is given again.
-torchrun --nproc_per_node 8 -m tokenizers_lab generate GENERATOR --n 50000 --out OUT --batch-size 125
+torchrun --nproc_per_node 8 -m tokenizers_lab generate GENERATOR --samples 50000 --out OUT --batch-size 125
 Then: toklab eval gfid OUT REFERENCE"""
 example = "toklab generate runs/lightningdit-tiny --n 64 --out samples --steps 50 --cfg 2"
 USER_ERROR = 2
@@ -28,7 +28,8 @@ USER_ERROR = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Generator, what to draw, how, and where it goes."""
     parser.add_argument("generator", metavar="GENERATOR", help=MODEL_HELP)
-    parser.add_argument("--n", type=int, required=True, metavar="N", help="number of samples; published gFIDs: 50000")
+    parser.add_argument("--n", "--samples", type=int, required=True, metavar="N",      # torchrun takes --n for one of its own
+                        help="number of samples; published gFIDs: 50000")
     parser.add_argument("--out", required=True, metavar="OUT", help="folder of the samples")
     parser.add_argument("--tokenizer", metavar="MODEL", help="where the generator's tokenizer is; default: the name that it had")
     parser.add_argument("--classes", metavar="LIST", help="only these: numbers or names with commas between them, or a file with "
