@@ -57,7 +57,7 @@ class Page:
         assert "exceptionDetails" not in told, told["exceptionDetails"]
         return told["result"].get("value")
 
-    async def until(self, script: str, seconds: float = 40.0) -> Any:
+    async def until(self, script: str, seconds: float = 90.0) -> Any:
         """The expression's first value that is true. Fails with what the page shows when the time is over."""
         for _ in range(round(seconds * 10)):
             value = await self.run(f"(v => v instanceof Node ? true : v)({script})")
