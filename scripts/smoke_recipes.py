@@ -4,12 +4,14 @@ python scripts/smoke_recipes.py [RECIPE …]        without names, every package
 
 Each recipe has a process of its own, so that one that the machine cannot hold is reported, and the others still run.
 Networks whose weights are not here are replaced by random ones of the same size, and the table says so: time and memory
-are those of the real ones. Images and sounds are noise. On a CPU the step is float32, whatever the recipe's precision.
+are those of the real ones. Images and sounds are noise, but for VTP, which learns from sample photographs with captions. On a CPU
+the step is float32, whatever the recipe's precision.
 """
 
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +28,10 @@ TEACHERS = {
     "openai/whisper-large-v3": {
         "d_model": "1280", "encoder_layers": "32", "encoder_attention_heads": "20", "encoder_ffn_dim": "5120",
         "num_mel_bins": "128",
+    },
+    "vit_small_patch16_224.dino": {
+        "model_type": "vit", "hidden_size": "384", "intermediate_size": "1536", "num_hidden_layers": "12",
+        "num_attention_heads": "6", "patch_size": "16", "image_size": "224",
     },
 }
 CLASSIFIERS = {"convnext-small": "convnext_small", "lpips-vgg16": "vgg16", "lpips-alexnet": "alexnet"}      # torchvision's names
@@ -73,15 +79,18 @@ def child(name):
 
     device = torch.device("cuda" if has_cuda() else "cpu")
     cfg = load_config(name, ["init_from=null", "train.accumulate=1"])
-    missing = replace_missing(cfg.objective)
+    missing = [*replace_missing(cfg.objective), *(f"random {source.split('/')[-1]}" for source in cfg.init_parts.values())]
+    cfg.init_parts = {}
+    missing += replace_missing_texts(cfg.model)
     nets = build_networks(cfg, device)
-    batch = noise(cfg).to(device)
+    batch = (captioned(cfg) if getattr(cfg.data, "texts", False) else noise(cfg)).to(device)
     rows = []
     for number, stage in enumerate(cfg.stages):
         nets.objective.cfg = override_objective(cfg.objective, stage.objective)
         nets.select(stage.parts)
         nets.tokenizer.train()
         nets.objective.train()
+        nets.objective.begin_stage(nets.tokenizer, stage)
         generator = GeneratorStep(nets.tokenizer, nets.objective)
         optimizer, rival = build_optimizer(generator.named_parameters(), cfg.train.optimizer), None
         set_learning_rate(optimizer, stage.lr)
@@ -108,6 +117,7 @@ def child(name):
             rival.update()
             rival.begin()
         update_ema(nets.ema, nets.tokenizer, cfg.train.ema)
+        nets.objective.after_step(nets.tokenizer)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
@@ -136,6 +146,42 @@ def noise(cfg):
                        features)
 
 
+def captioned(cfg):
+    """A batch of one sample photograph with a caption, as the loader gives it of a manifest of such pairs."""
+    import tempfile
+
+    from tokenizers_lab import data
+    from tokenizers_lab.data.loader import build_loader
+    from tokenizers_lab.data.manifest import Row, write_manifest
+
+    photos = sorted((Path(data.__file__).parent / "samples/photos/train").glob("*.jpg"))[:4]
+    with tempfile.TemporaryDirectory() as folder:
+        for photo in photos:
+            shutil.copy(photo, folder)
+        rows = [Row(p.name, f"a photograph of {p.stem.rstrip('-0123456789').replace('-', ' ')}") for p in photos]
+        write_manifest(Path(folder) / "manifest.jsonl", rows)
+        cfg.data.train, cfg.data.workers = folder, 0
+        batch, _ = next(iter(build_loader(cfg.data, 1, cfg.train.seed, 0, 1)))
+    return batch
+
+
+def replace_missing_texts(model):
+    """Bytes in place of CLIP's byte pairs where their file is not here: the table is as large, other rows of it are read."""
+    from tokenizers_lab.clip_bpe import clip_encoder
+    from tokenizers_lab.errors import WeightsMissing
+    from tokenizers_lab.text import CLIP
+
+    texts = getattr(getattr(model, "text", None), "text", None)
+    if texts is None or texts.tokenizer != CLIP:
+        return []
+    try:
+        clip_encoder()
+    except WeightsMissing:
+        texts.tokenizer = "bytes"
+        return ["bytes for CLIP's byte pairs"]
+    return []
+
+
 def replace_missing(objective):
     """Let networks whose weights are nowhere have random ones of their size; returns their names. Nothing is fetched.
 
@@ -145,7 +191,7 @@ def replace_missing(objective):
 
     from tokenizers_lab.errors import WeightsMissing
     from tokenizers_lab.losses import perceptual
-    from tokenizers_lab.teachers.networks import local_folder
+    from tokenizers_lab.teachers.networks import load_network, local_folder
 
     os.environ["TOKENIZERS_LAB_OFFLINE"] = "1"
     missing = []
@@ -161,6 +207,13 @@ def replace_missing(objective):
                 raise
             missing.append(f"random {teacher.source.split('/')[-1]}")
             teacher.backend, teacher.config = "random", TEACHERS[teacher.source]
+    judge = getattr(objective, "judge", None)
+    if judge is not None:
+        try:
+            load_network(judge.backend, judge.source, dict(judge.config))
+        except WeightsMissing:
+            missing.append(f"random {judge.source}")
+            judge.backend, judge.config = "random", TEACHERS[judge.source]
     find_state_dict = perceptual.find_state_dict
 
     def find_or_random(name, path=None):

@@ -83,6 +83,13 @@ def test_a_grid_that_the_blocks_cannot_fold_is_continued_at_its_edge(tokenizer):
     torch.testing.assert_close(tokenizer.images(latents)[0], wanted)
 
 
+def test_one_image_of_the_smallest_size_has_one_value_in_a_group():
+    tokenizer = small(latent_widths=[16, 16, 16, 8])
+    images = torch.rand(2, 3, 16, 16)      # enters the first block, whose branch has 16 groups, as 1 × 1 position
+    alone = tokenizer.decode(tokenizer.encode(images[:1]).latents)
+    torch.testing.assert_close(alone, tokenizer.decode(tokenizer.encode(images).latents)[:1], atol=2e-3, rtol=0)
+
+
 def test_an_image_alone_is_as_in_a_batch(tokenizer, images):
     together = tokenizer.encode(images).latents
     torch.testing.assert_close(torch.cat([tokenizer.encode(x[None]).latents for x in images]), together, atol=1e-5, rtol=1e-5)

@@ -8,11 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from pairs import write_shapes
 
 from tokenizers_lab.config import load_config
 from tokenizers_lab.data.batch import ImageBatch
-from tokenizers_lab.data.manifest import Row, write_manifest
 from tokenizers_lab.data.multicrop import CropConfig
 from tokenizers_lab.draw import Draw
 from tokenizers_lab.errors import ConfigError, DataError
@@ -203,22 +202,6 @@ def test_stages_whose_losses_lack_something_are_refused(options, told):
         load_config("vtp/tiny", options)
 
 
-def write_pairs(root, items=8):
-    """Coloured shapes with captions."""
-    rows = []
-    for number in range(items):
-        colour, shape = ("red", "blue", "green", "black")[number % 4], ("circle", "square")[number // 4 % 2]
-        image = Image.new("RGB", (48, 48), "white")
-        draw = ImageDraw.Draw(image)
-        box = (8 + number, 8, 32 + number, 32)
-        (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=colour)
-        root.mkdir(parents=True, exist_ok=True)
-        image.save(root / f"{number}.png")
-        rows.append(Row(f"{number}.png", f"A {colour} {shape}.", label=shape))
-    write_manifest(root / "manifest.jsonl", rows)
-    return root
-
-
 def hashes(run):
     folder = newest_checkpoint(run)
     told = json.loads((folder / "manifest.json").read_text())["sha256"]
@@ -227,7 +210,7 @@ def hashes(run):
 
 @pytest.mark.slow
 def test_a_resumed_run_has_the_same_teacher_bit_for_bit(tmp_path):
-    pairs = write_pairs(tmp_path / "pairs")
+    pairs = write_shapes(tmp_path / "pairs")
     stages = ("[{name: a, steps: 4, lr: 1e-3, weights: {l1: 1, dino: 1, ibot: 1, contrastive: 1}}, "
               "{name: b, steps: 2, lr: 1e-3, parts: [decoder], weights: {l1: 1, gan: 0.5}}]")
     small = [f"model.{part}.{size}" for part in ("trunk", "decoder") for size in ("width=32", "depth=1", "heads=2")]

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+from pairs import write_shapes
 
 # RecTok: GAN from step 5, stage 2 from step 8 with a fresh discriminator, 12 steps in all
 SHORT = [
@@ -51,7 +52,28 @@ TADICODEC = [      # whole clips in batches of similar length; the vocoder again
     "entropy: 1}}, {name: b, steps: 7, lr: 1e-3, parts: [vocoder], weights: {mel: 10, gan: 2, feature_matching: 2, "
     "spectral_feature_matching: 1}, starts: {gan: 2, feature_matching: 2, spectral_feature_matching: 2}}]",
 ]
-OPTIONS = {"rectok": SHORT, "dm_codec": DM_CODEC, "lm_spt": LM_SPT, "uniflow": UNIFLOW, "tadicodec": TADICODEC}
+VFM_VAE = [      # both discriminators, and the guard, from the last losses on; half of the decoder in stage b
+    "name=short", "train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.validate_every=4",
+    "train.ema_rampup=0.05", "train.guard={jump: 2, terms: [l1], discriminator: 1e4}", "data.val_limit=3", "data.size=32",
+    "data.crop_min=0", "data.crop_share=0.5", "model.image_size=32", "model.latent_channels=4", "model.widths=[4, 4, 16]",
+    "model.code=16", "model.channel_base=3072", "model.channel_max=24", "model.latent_widths=[24, 16, 16, 8]",
+    "model.expansion=2", "objective.lpips=none", "objective.patchgan_width=4", "objective.judge.size=32",
+    "stages=[{name: a, steps: 8, lr: 1e-3, weights: {l1: 1, ssim: 1, multiscale: 1, kl: 1e-6, vf: 1, gan: 0.1}, "
+    "starts: {gan: 5}, objective: {adaptive: {l1: 1}}}, {name: b, steps: 4, lr: 1e-3, parts: [decoder.synthesis.blocks.3, "
+    "decoder.synthesis.blocks.4], objective: {equivariance: false}, weights: {gan: 0.1, patchgan: 0.1, feature_matching: 1}}]",
+]
+VTP = [      # the teacher and its centres in stage a, the discriminator in stage b
+    "name=short", "train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.validate_every=4",
+    "data.size=32", "data.train_size=40", "data.val_limit=3", "model.image_size=32", "model.latent_channels=6",
+    *(f"model.{part}.{size}" for part in ("trunk", "decoder") for size in ("width=32", "depth=1", "heads=2")),
+    "model.text.width=16", "model.text.depth=1", "model.text.heads=2", "model.text.text.context=16",
+    "objective.targets=centring", "objective.lpips=none", "objective.ssl_drop=0.5", "objective.head.prototypes=16",
+    "objective.crops.global_size=32", "objective.crops.local_size=16", "objective.crops.local_crops=2",
+    "stages=[{name: a, steps: 8, lr: 1e-3, weights: {l1: 1, dino: 1, ibot: 1, koleo: 0.1, contrastive: 1}}, "
+    "{name: b, steps: 4, lr: 1e-3, parts: [decoder], weights: {l1: 1, gan: 0.5}, starts: {gan: 1}}]",
+]
+OPTIONS = {"rectok": SHORT, "dm_codec": DM_CODEC, "lm_spt": LM_SPT, "uniflow": UNIFLOW, "tadicodec": TADICODEC,
+           "vfm_vae": VFM_VAE, "vtp": VTP}
 
 
 class Runner:
@@ -59,13 +81,18 @@ class Runner:
 
     def __init__(self, out: Path, system: str = "rectok"):
         self.out, self.run, self.system = out, out / f"{system}-short", system
+        self.data = []
+        if system == "vtp":
+            pairs = write_shapes(out / "pairs", 12)
+            self.data = [f"data.train={pairs}", f"data.val={pairs}"]
 
     def start(self, *options: str, processes: int = 1) -> subprocess.Popen:
         launch = [sys.executable, "-m"]
         if processes > 1:
             launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
                       "--master_port", str(20000 + os.getpid() % 20000), "-m"]
-        command = [*launch, "tokenizers_lab", "train", f"{self.system}/tiny", *OPTIONS[self.system], f"out={self.out}", *options]
+        command = [*launch, "tokenizers_lab", "train", f"{self.system}/tiny", *OPTIONS[self.system], *self.data,
+                   f"out={self.out}", *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                 start_new_session=True)

@@ -33,7 +33,8 @@ def training_losses(runner: Runner) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("system, processes", [
     ("rectok", 1), *(pytest.param(system, n, marks=pytest.mark.slow) for system, n in (
-        ("rectok", 2), ("dm_codec", 1), ("dm_codec", 2), ("lm_spt", 1), ("uniflow", 2), ("tadicodec", 1)))])
+        ("rectok", 2), ("dm_codec", 1), ("dm_codec", 2), ("lm_spt", 1), ("uniflow", 2), ("tadicodec", 1),
+        ("vfm_vae", 1), ("vfm_vae", 2), ("vtp", 1), ("vtp", 2)))])
 def test_killed_and_resumed_is_uninterrupted(tmp_path, system, processes):
     undisturbed, disturbed = Runner(tmp_path / "a", system), Runner(tmp_path / "b", system)
     undisturbed.train(processes=processes)

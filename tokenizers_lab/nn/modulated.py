@@ -16,12 +16,14 @@ ATTENTION_HEADS = 8
 
 class GroupNorm(nn.GroupNorm):
     """torch's; but where its input needs no gradient and its weights do, channels come before positions in memory: torch's CPU
-    kernel (2.11) otherwise ends the process in the backward pass."""
+    kernel (2.11) otherwise ends the process in the backward pass. A group of one value becomes its bias, as for a batch of two;
+    torch's module refuses it, of one image at the smallest size, in eval mode too."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (B, channels, ...)."""
         frozen_below = self.weight.requires_grad and not input.requires_grad and torch.is_grad_enabled()
-        return super().forward(input.contiguous() if frozen_below else input)
+        given = input.contiguous() if frozen_below else input
+        return torch.group_norm(given, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
