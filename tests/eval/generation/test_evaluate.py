@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import toy as toys
-from gaussian import GaussianConfig, gaussian
+from gaussian import Gaussian, GaussianConfig, gaussian
 from PIL import Image
 from rich.console import Console
 from torch import nn
@@ -21,9 +21,10 @@ from tokenizers_lab.errors import CheckpointError, InputError, WeightsMissing
 from tokenizers_lab.eval import runs
 from tokenizers_lab.eval.features import FeatureExtractor, Features
 from tokenizers_lab.eval.generation import evaluate as module
+from tokenizers_lab.eval.provenance import weights_sha256 as weights_of
 from tokenizers_lab.eval.report import view_run
 from tokenizers_lab.eval.summary import finish_run, print_summary
-from tokenizers_lab.hub import weights_sha256
+from tokenizers_lab.hub import load, weights_sha256
 from tokenizers_lab.registry import System
 from tokenizers_lab.training.objective import Objective
 
@@ -132,6 +133,10 @@ def test_a_run_is_measured_and_shown(run, capsys) -> None:
     assert floor < trained < untrained / 3
     kernel = [row["metrics"]["kernel_distance_teacher"]["value"] for row in results["rows"]]
     assert kernel[2] < kernel[0] < kernel[1] / 3
+    trained_network = load(str(run))
+    fresh = Gaussian(GaussianConfig(deviation=0.2))      # the untrained network normalises as the trained one does
+    fresh.set_latent_statistics(trained_network.latent_mean[:, 0, 0], trained_network.latent_std[:, 0, 0])
+    assert [row["weights_sha256"] for row in results["rows"][:2]] == [weights_of(trained_network), weights_of(fresh)]
     margins = {(m["metric"], m["role"]): m["value"] for m in results["margins"]}
     assert margins["frechet_teacher", "untrained"] == pytest.approx(untrained - trained)
     assert margins["frechet_teacher", "baseline"] == pytest.approx(floor - trained)
