@@ -46,7 +46,7 @@ class LatentFlowObjective(Objective):
         data = tokenizer.normalise(self.latents_of(batch, draw))                         # (B, C, h, w)
         noise = draw.normal("noise", tuple(data.shape))
         time = draw_times(self.time_config(), draw, (len(data),))                        # (B,)
-        labels = drop_labels(labels_of(batch), self.cfg.label_drop, tokenizer.null_class, draw)
+        labels = drop_labels(self.labels_of(batch), self.cfg.label_drop, tokenizer.null_class, draw)
         after = self.cfg.align_after if "alignment" in active else None
         made = tokenizer(tokenizer.path.at(data, noise, time), time, labels, tokens_after=after)
         target = tokenizer.path.velocity(data, noise)
@@ -82,6 +82,19 @@ class LatentFlowObjective(Objective):
         generator = draw.generator("posterior") if drawn and draw is not None else None
         return encoder.encode(batch.images, sample=drawn, generator=generator).latents.float()
 
+    def labels_of(self, batch: Any) -> Tensor:
+        """(B,) int64; of images without classes, the one that there is. Raises DataError where it is not known, or not there."""
+        classes = self.model_cfg.classes
+        if batch.labels is None and classes == 1:
+            device = (batch.latents if isinstance(batch, LatentBatch) else batch.images).device
+            return torch.zeros(len(batch), dtype=torch.int64, device=device)
+        if batch.labels is None:
+            raise DataError(f"{batch.keys[0]} has no class: a generator needs a folder of each class, or a manifest with labels; "
+                            "or set model.classes=1")
+        if not 0 <= int(batch.labels.min()) <= int(batch.labels.max()) < classes:
+            raise DataError(f"the data have the class {int(batch.labels.max())}, but model.classes is {classes}")
+        return batch.labels
+
     def teacher_features(self, batch: Any, tokens: Tensor) -> Tensor:
         """The frozen network's patch features (B, N, width) on the grid of the tokens."""
         teacher: Any = self.frozen["teacher"]
@@ -93,7 +106,7 @@ class LatentFlowObjective(Objective):
     def held_out_metrics(self, network: Any, batch: Any) -> dict[str, Tensor]:
         """`velocity_mse` (B,): the mean (v̂ − v)² of each image at four fixed times and noises, under its own label."""
         data = network.normalise(self.latents_of(batch, None))
-        labels, losses = labels_of(batch), []
+        labels, losses = self.labels_of(batch), []
         for i in range(HELD_OUT_TIMES):
             time = torch.full((len(data),), (i + 0.5) / HELD_OUT_TIMES, device=data.device)
             noise = torch.stack([held_out_noise(key, i, tuple(data.shape[1:])) for key in batch.keys]).to(data.device)
@@ -112,13 +125,6 @@ class LatentFlowObjective(Objective):
 def projector(width: int, hidden: int, width_out: int) -> nn.Sequential:
     """REPA's: three linear maps with SiLU between them."""
     return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, width_out))
-
-
-def labels_of(batch: Any) -> Tensor:
-    """(B,) int64. Raises DataError where images have no class."""
-    if batch.labels is None:
-        raise DataError(f"{batch.keys[0]} has no class: a generator needs a folder of each class, or a manifest with labels")
-    return batch.labels
 
 
 def drop_labels(labels: Tensor, share: float, null_class: int, draw: Draw) -> Tensor:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from .common import MODEL_HELP, check_options, say
 
 if TYPE_CHECKING:
-    from tokenizers_lab.tokenizer import SpeechTokenizer, Tokenizer
+    from tokenizers_lab.network import Network
+    from tokenizers_lab.tokenizer import SpeechTokenizer
 
 help = "show a model's parameters, code shape, rate and FLOPs"
 description = """Parameters by part; latent shape and floats or bits per image, or frame rate, codebooks and bit rate of speech;
@@ -30,13 +31,21 @@ def run(args: argparse.Namespace) -> int:
     from tokenizers_lab.registry import get_system
 
     system, model, provenance = find_model(args.model, args.overrides)
-    speech = get_system(system).kind == "speech"
-    check_options(args, speech, ["size"], ["seconds"])
-    figures = speech_figures(system, model, args.seconds) if speech else model_figures(system, model, args.size)
+    kind = get_system(system).kind
+    if kind == "generator":
+        figures = generator_figures(system, model)
+        rows = generator_rows(figures)
+    elif kind == "speech":
+        check_options(args, True, ["size"], ["seconds"])
+        figures = speech_figures(system, model, args.seconds)
+        rows = speech_rows(figures)
+    else:
+        check_options(args, False, ["size"], ["seconds"])
+        figures = model_figures(system, model, args.size)
+        rows = image_rows(figures)
     say(f"{args.model}: {system}, {figures['parameters'] / 1e6:.2f} M parameters")
     for name, count in figures["parts"].items():
         say(f"  {name:<20} {count / 1e6:>9.3f} M")
-    rows = speech_rows(figures) if speech else image_rows(figures)
     for key, value in [*rows, *provenance.items()]:
         say(f"{key:<16} {value}")
     return 0
@@ -54,6 +63,15 @@ def image_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         ("per image", rate),
         ("encode", f"{figures['encode_flops'] / 1e9:.2f} GFLOPs (a multiply-add counts as 2)"),
         ("decode", f"{figures['decode_flops'] / 1e9:.2f} GFLOPs"),
+    ]
+
+
+def generator_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lines on a generator of latents."""
+    return [
+        ("latents", " × ".join(map(str, figures["shape"]))), ("classes", f"{figures['classes']:,}"),
+        ("evaluation", f"{figures['flops'] / 1e9:.2f} GFLOPs for one image (a multiply-add counts as 2)"),
+        ("sampling", figures["sampling"]),
     ]
 
 
@@ -138,6 +156,26 @@ def model_figures(system: str, model: Any, size: int | None = None) -> dict[str,
     }
 
 
+def generator_figures(system: str, model: Any) -> dict[str, Any]:
+    """Parameters, shape and the FLOPs of one evaluation of a generator of latents."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from tokenizers_lab.hub import build_tokenizer
+
+    with torch.device("meta"):
+        network: Any = build_tokenizer(system, model).eval()
+    x, time = (torch.zeros(1, *shape, device="meta") for shape in (network.state_shape, ()))
+    with torch.inference_mode(), FlopCounterMode(display=False) as cost:
+        network.velocity(x, time, torch.zeros(1, dtype=torch.int64, device="meta"))
+    options = model.sampling
+    guidance = "no guidance" if options.guidance == 1 else f"guidance {options.guidance:g}"
+    return {
+        "parameters": sum(p.numel() for p in network.parameters()), "parts": parts_of(network), "shape": network.latent_shape,
+        "classes": model.classes, "flops": cost.get_total_flops(), "sampling": f"{options.steps} steps of {options.solver}, {guidance}",
+    }
+
+
 def speech_figures(system: str, model: Any, seconds: float | None = None) -> dict[str, Any]:
     """Parameters, rates and FLOPs a second of a speech tokenizer; the cost is that of `seconds` of audio (default: 1), divided.
 
@@ -188,8 +226,8 @@ def describe_pieces(tokenizer: "SpeechTokenizer") -> str:
     return f"the same as the whole{ahead}"
 
 
-def parts_of(tokenizer: "Tokenizer") -> dict[str, int]:
-    """Parameters of each direct submodule, and of the tokenizer itself where it has some."""
+def parts_of(tokenizer: "Network") -> dict[str, int]:
+    """Parameters of each direct submodule, and of the network itself where it has some."""
     parts = {name: sum(p.numel() for p in module.parameters()) for name, module in tokenizer.named_children()}
     own = sum(p.numel() for p in tokenizer.parameters(recurse=False))
     return parts | ({"(itself)": own} if own else {})

@@ -21,15 +21,16 @@ def run(args: argparse.Namespace) -> int:
     recipes = list_recipes()
     say("systems")
     for name, system in systems().items():
-        trains = any(recipe.startswith(f"{name}/") for recipe in recipes)
+        judged_by = f"-{name}-"      # a generator's recipes are called TOKENIZER-GENERATOR-SIZE
+        trains = any(recipe.startswith(f"{name}/") or judged_by in recipe for recipe in recipes)
         status = ["trains" if trains else "network and losses; no recipe yet, so it does not train"]
         if system.convert:
             status.append(f"loads the authors' weights ({name}/official)")
         if system.parity:
             status.append("numerics compared with the authors' code")
-        say(f"  {name:<12} {system.kind:<7} {system.summary}")
-        say(f"  {'':<12} {'':<7} {system.paper}")
-        say(f"  {'':<12} {'':<7} {'; '.join(status)}")
+        say(f"  {name:<12} {system.kind:<9} {system.summary}")
+        say(f"  {'':<12} {'':<9} {system.paper}")
+        say(f"  {'':<12} {'':<9} {'; '.join(status)}")
     say()
     say("recipes (toklab train NAME, toklab config NAME)")
     for name in recipes:

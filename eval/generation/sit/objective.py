@@ -16,7 +16,6 @@ from tokenizers_lab.eval.generation.objective import (
     LatentFlowObjective,
     drop_labels,
     held_out_noise,
-    labels_of,
 )
 from tokenizers_lab.teachers.vision import VisionTeacher
 from tokenizers_lab.training.objective import Judge, Losses
@@ -69,7 +68,7 @@ class SiTObjective(LatentFlowObjective):
         data = tokenizer.normalise(self.latents_of(batch, draw))                          # (B, C, h, w)
         noise = draw.normal("noise", tuple(data.shape))
         time = draw_times(self.time_config(), draw, (len(data),))                         # (B,)
-        labels = drop_labels(labels_of(batch), self.cfg.label_drop, tokenizer.null_class, draw)
+        labels = drop_labels(self.labels_of(batch), self.cfg.label_drop, tokenizer.null_class, draw)
         path, entangled = tokenizer.path, tokenizer.cfg.class_token is not None
         target, class_target, features, given = path.velocity(data, noise), None, None, {}
         if entangled or "alignment" in active:
@@ -119,7 +118,7 @@ class SiTObjective(LatentFlowObjective):
         """`velocity_mse` (B,) as of the other generators, and with a class token `class_velocity_mse` (B,) of it."""
         data = network.normalise(self.latents_of(batch, None))
         class_token = None if network.cfg.class_token is None else self.seen(batch)[0]
-        labels, losses, class_losses = labels_of(batch), [], []
+        labels, losses, class_losses = self.labels_of(batch), [], []
         for i in range(HELD_OUT_TIMES):
             time = torch.full((len(data),), (i + 0.5) / HELD_OUT_TIMES, device=data.device)
             noise, given = self.noise_of(batch.keys, i, data), {}
