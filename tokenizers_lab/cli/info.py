@@ -172,7 +172,8 @@ def generator_figures(system: str, model: Any) -> dict[str, Any]:
     guidance = "no guidance" if options.guidance == 1 else f"guidance {options.guidance:g}"
     return {
         "parameters": sum(p.numel() for p in network.parameters()), "parts": parts_of(network), "shape": network.latent_shape,
-        "classes": model.classes, "flops": cost.get_total_flops(), "sampling": f"{options.steps} steps of {options.solver}, {guidance}",
+        "classes": model.classes, "flops": cost.get_total_flops(),
+        "sampling": f"{options.steps} steps of {options.solver}, {guidance}",
     }
 
 
