@@ -12,7 +12,19 @@ from PIL import Image
 
 from .compare import RANDOM
 from .compare_examples import ORIGINAL, Example, Examples
-from .compare_text import COST, QUALITY, RATE, failures, heading, label_of, margin_text, noun_of, protocol_lines, title_of
+from .compare_text import (
+    COST,
+    QUALITY,
+    RATE,
+    failures,
+    heading,
+    label_of,
+    margin_text,
+    noun_of,
+    protocol_lines,
+    threads_of,
+    title_of,
+)
 from .report_charts import MEL_LEFT, MEL_WIDTH, nice
 from .report_page import page
 from .report_parts import metric_cell
@@ -51,7 +63,7 @@ def _summary(result: dict[str, Any]) -> str:
     models = sum(row["role"] == "model" for row in result["rows"])
     costs = result["costs"]
     where = (costs or result["environment"])["processor"]
-    threads = f", {costs['threads']} {'thread' if costs['threads'] == 1 else 'threads'}" if costs else ""
+    threads = f", {threads_of(costs)}" if costs else ""
     items = f"{result['n']} {noun_of(result)} of {result['protocol']['source']}"
     return escape(f"{models} models on the same {items}, on {where}{threads}")
 

@@ -26,6 +26,11 @@ def noun_of(result: dict[str, Any]) -> str:
     return "clips" if "speech" in result["kind"] else "images"
 
 
+def threads_of(costs: dict[str, Any]) -> str:
+    """How many threads were timed."""
+    return f"{costs['threads']} thread{'s' if costs['threads'] > 1 else ''}"
+
+
 def failures(result: dict[str, Any]) -> list[str]:
     """Each model that could not be measured, with the reason."""
     return [f"{row['label']} could not be measured: {row['failed']}" for row in result["rows"] if "failed" in row]
@@ -39,7 +44,7 @@ def protocol_lines(result: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     digest = protocol.get("audio_sha256") or protocol.get("images_sha256")
     timing = "" if costs is None else (
-        f"Speed and memory: {costs['batch']}; {costs['repeats']} repeats, {costs['order']}; {costs['threads']} threads, "
+        f"Speed and memory: {costs['batch']}; {costs['repeats']} repeats, {costs['order']}; {threads_of(costs)}, "
         f"{costs['processor']}. Peak memory: {costs['memory']}.")
     return [
         f"{result['n']} {noun_of(result)}. Protocol: {said}.",
