@@ -70,6 +70,15 @@ def test_the_first_velocity_is_zero_and_all_but_the_position_table_trains():
     assert {name for name, _ in network.named_buffers()} == {"latent_mean", "latent_std", "rope"}
 
 
+@pytest.mark.parametrize("patch", [1, 2])
+def test_of_twice_the_channels_the_first_half_counts(patch):
+    cfg = replace(SMALL, learn_sigma=True, patch=patch)
+    network, plain, given = moved(cfg), LightningDiT(replace(cfg, learn_sigma=False)).eval(), inputs(cfg)
+    state, kept = network.state_dict(), torch.arange(2 * 6 * patch**2) % 12 < 6      # a token's channels are its fastest axis
+    plain.load_state_dict({k: v[kept] if k.startswith("final.linear.") else v for k, v in state.items()})
+    torch.testing.assert_close(network(*given).velocity, plain(*given).velocity)
+
+
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_parameters_of_every_size(size):
     depth, width, heads, *counts = size
