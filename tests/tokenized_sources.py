@@ -64,7 +64,8 @@ def write_clips(root: Path, lengths: list[int], rate: int = 16_000) -> Path:
     rows = []
     for i, samples in enumerate(lengths):
         (root / f"{i}.flac").write_bytes(clip(samples, i, rate))
-        rows.append({"file": f"{i}.flac", "text": f"Clip {i}, é.", "speaker": f"s{i % 2}", "language": "en", "label": f"w{i % 3}"})
+        said = {"text": f"Clip {i}, é.", "speaker": f"s{i % 2}", "language": "en", "label": f"w{i % 3}"}
+        rows.append({"file": f"{i}.flac", **said})
     manifest = root / "clips.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return manifest

@@ -88,7 +88,7 @@ def decode_images(args: argparse.Namespace, tokenizer: "ImageTokenizer", sha256:
 
 
 def targets(args: argparse.Namespace, suffix: str) -> "Callable[[Encoded], Path]":
-    """Gives the output of each input, asked for in order: by its file's stem, or, of a data set, by its key. Raises InputError."""
+    """Gives the output of each input, asked for in order: by its file's stem, or, in a data set, its key. Raises InputError."""
     from tokenizers_lab.tokenizing.plan import member_name
 
     from .encoded import is_tokenized

@@ -1,6 +1,7 @@
 """`toklab tokenize`: a whole data set to codes or latents."""
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,13 @@ if TYPE_CHECKING:
 
     from tokenizers_lab.data.quarantine import Bad
     from tokenizers_lab.tokenizer import ImageTokenizer, SpeechTokenizer
-    from tokenizers_lab.tokenizing.folder import TokenFolder
     from tokenizers_lab.tokenizing.local import Job
 
 help = "encode a whole data set to shards of codes or latents"
-description = """Encode every image or clip of SOURCE to shards in the folder OUT: webdataset's tar, or Parquet. SOURCE is a folder, a
-manifest (.jsonl, .csv, .tsv), webdataset shards (a .tar path, a glob, a brace range, a URL), or a sample set. Codes are
-stored as uint16 or int32, latents as float32 or float16, beside the key, the length, and text, label, speaker and
-language where they are known. Of a folder or manifest, --shard-size samples make a shard; of webdataset shards each
+description = """Encode every image or clip of SOURCE to shards in the folder OUT: webdataset's tar, or Parquet. SOURCE is a
+folder, a manifest (.jsonl, .csv, .tsv), webdataset shards (a .tar path, a glob, a brace range, a URL), or a sample
+set. Codes are stored as uint16 or int32, latents as float32 or float16, beside the key, the length, and text, label,
+speaker and language where they are known. Of a folder or manifest, --shard-size samples make a shard; of webdataset shards each
 makes one. Clips of any length are encoded in constant memory.
 Interrupted, the same command goes on: finished shards are kept, and all bytes are those of a run that was not
 interrupted. manifest.json tells model, source, options, what was skipped and why, and the hash of every shard.
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of latents; default: float32")
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="folders and manifests: samples of a shard; "
                         "default: 1000")
-    parser.add_argument("--batch-size", type=int, metavar="B", help="samples that are decoded, and encoded, together; default: 32 "
-                        "images or 16 clips")
+    parser.add_argument("--batch-size", type=int, metavar="B", help="samples that are decoded, and encoded, together; default: "
+                        "32 images or 16 clips")
     parser.add_argument("--size", type=int, metavar="N", help="images: centre crop, scaled to N × N pixels; default: the model's")
     parser.add_argument("--whole", action="store_true", help="images: in their own size, padded to a multiple of the patch")
     parser.add_argument("--batch-seconds", type=float, metavar="S", help="speech: clips of a batch × the longest; default: 120")
@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
         make_missing(args, Job(plan, view, settings, folder, args.workers))
         manifest = folder.close_manifest(args.bad_fraction)
     hours = f", {manifest['seconds'] / 3600:.2f} h of audio" if speech else ""
-    say(f"{manifest['samples']:,} samples{hours} in {plan.shards:,} shards, {manifest['skipped_samples']:,} skipped -> {args.out}")
+    shards, skipped = f"{plan.shards:,} shard{'s' * (plan.shards != 1)}", manifest["skipped_samples"]
+    say(f"{manifest['samples']:,} samples{hours} in {shards}, {skipped:,} skipped -> {args.out}")
     return 0
 
 
@@ -193,9 +194,8 @@ class Meter:
         now = time.monotonic()
         if self.bar.disable and now - self.told > EVERY:
             self.told = now
-            import sys
-
-            print(f"{done:,} of {self.total or self.count:,} {'samples' if self.total else 'shards'}, {self.rate()}", file=sys.stderr)
+            total = f"{self.total:,} samples" if self.total else f"{self.count:,} shards"
+            print(f"{done:,} of {total}, {self.rate()}", file=sys.stderr)
         self.tally.count(samples, bad)
 
     def rate(self) -> str:

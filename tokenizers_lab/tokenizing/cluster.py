@@ -5,8 +5,10 @@ shards are put together here in the order of their blocks, so that they are thos
 what they are of, so that one writer keeps up. Sources and the model must be at the same path on every node, or remote.
 """
 
+import logging
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +24,7 @@ from tokenizers_lab.tokenizing.plan import Block, Plan
 MOST_BLOCKS = 1000        # of Ray's, into which the list of the work is cut
 BLOCK_BYTES = 32 << 20    # of Ray's blocks of decoded samples: a task hands over what it has as soon as it has so much
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_LOG_LEVEL": "ERROR", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+TIMEOUT = 10.0            # seconds in which the head of a cluster must answer
 Row = dict[str, Any]
 
 
@@ -46,7 +49,8 @@ def run_ray(
     with connected(address) as ray:
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if device != "cpu" else 0
-        actors = processes or gpus or max(1, int(resources.get("CPU", 1)) // 2)
+        cpus = int(resources.get("CPU", 1))
+        actors = processes or gpus or max(1, cpus // 2)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.target_max_block_size = BLOCK_BYTES
@@ -56,6 +60,7 @@ def run_ray(
         rows = rows.map(
             Network, fn_constructor_kwargs={"settings": job.settings, "device": device or ("cuda" if gpus else "cpu")},
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors), num_gpus=1 if gpus else None,
+            num_cpus=0 if cpus < 2 else None,      # else nothing would be left to decode on
             # over the nodes; also what keeps Ray from decoding inside of the actors
             scheduling_strategy="SPREAD")
         with errors_of(ray):
@@ -129,18 +134,33 @@ def connected(address: str) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    import logging
-
+    if address not in ("local", "auto"):
+        check_address(address)
     where: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **where)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        raise ConfigError(f"--ray {address}: no Ray cluster answers ({str(error).splitlines()[0]}); start one with ray start "
-                          "--head, or use --ray local") from error
+        raise no_cluster(address, str(error).splitlines()[0]) from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Raise ConfigError unless something answers there: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"--ray {address}: write HOST:PORT of a cluster's head, auto, or local")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), TIMEOUT).close()
+    except (OSError, OverflowError) as error:
+        raise no_cluster(address, str(error)) from error
+
+
+def no_cluster(address: str, reason: str) -> ConfigError:
+    """The error of a cluster that cannot be reached."""
+    return ConfigError(f"--ray {address}: no Ray cluster answers ({reason}); start one with ray start --head, or use --ray local")
 
 
 @contextmanager

@@ -55,8 +55,9 @@ def run_local(job: Job, shards: Sequence[int], devices: Sequence[str], note: Not
                     process = running.pop(pipe)
                     process.join()
                     if process.exitcode:
-                        raise TokenizersLabError(f"a process that runs the network died (exit status {process.exitcode}), mostly for "
-                                                 "lack of memory; finished shards are whole: run the same command again") from None
+                        raise TokenizersLabError(
+                            f"a process that runs the network died (exit status {process.exitcode}), mostly for lack of memory; "
+                            "finished shards are whole: run the same command again") from None
                     continue
                 if isinstance(told, TokenizersLabError):
                     raise told

@@ -5,6 +5,7 @@ one. A shard is cut into blocks, which are decoded, and run through the network,
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -108,8 +109,9 @@ def plan_source(source: str, speech: bool, shard_size: int, block_size: int) -> 
     """Divide a folder, a manifest, webdataset shards or a sample set. Raises DataError if there is nothing there."""
     noun, sample = ("clips", "sample:speech") if speech else ("images", "sample:photos")
     found = resolve_source(source, "train", noun, sample, MANIFESTS)
-    if found.shards:
-        return Plan(speech, None, found.shards, shard_size, block_size)
+    if found.shards:      # processes elsewhere may stand in another folder
+        urls = tuple(url if "://" in url else os.path.abspath(os.path.expanduser(url)) for url in found.shards)
+        return Plan(speech, None, urls, shard_size, block_size)
     where = found.manifest or found.folder
     assert where is not None
     return Plan(speech, open_clips(where) if speech else open_images(where), (), shard_size, block_size)

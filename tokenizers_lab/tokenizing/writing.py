@@ -43,8 +43,8 @@ class TarShard:
     """webdataset's tar."""
 
     def __init__(self, draft: Path):
-        self.file = open(draft, "wb")
-        self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.PAX_FORMAT)
+        self.file = open(draft, "wb")      # noqa: SIM115 open until `close`
+        self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.PAX_FORMAT)      # noqa: SIM115
         self.taken: set[str] = set()
 
     def add(self, samples: Sequence[TokenSample]) -> None:
@@ -88,7 +88,7 @@ class ParquetShard:
         columns = [(name, types[type_]) for name, type_ in self.fields.items()]
         self.schema = self.pa.schema([columns[0], (kind, nested), ("shape", self.pa.list_(self.pa.int32())), *columns[1:]], notes)
         self.depth = depth
-        self.file = open(draft, "wb")
+        self.file = open(draft, "wb")      # noqa: SIM115 open until `close`
         self.writer = pq.ParquetWriter(self.file, self.schema, compression="zstd")
         self.held: list[TokenSample] = []
         self.bytes = 0
