@@ -85,6 +85,11 @@ def test_overrides_reach_into_lists_and_dicts(write):
     assert (cfg.train.precision, cfg.name, cfg.train.optimizer.eps, cfg.data.val) == ("no", "2024_01", 1e-6, None)
 
 
+def test_inherits_from_a_recipe_by_its_name(write):
+    cfg, recipe = load_config(write("name: mine\n", inherit="inherit: rectok/tiny\n")), load_config("rectok/tiny")
+    assert (cfg.name, cfg.model, cfg.stages) == ("mine", recipe.model, recipe.stages)
+
+
 def test_inherits_over_folders_and_refuses_circles(write, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "mid.yaml").write_text("inherit: ../base.yaml\nname: mid\n")

@@ -1,10 +1,10 @@
 """Reads a run's config: YAML with inheritance and `key=value` overrides into the typed dataclasses of settings.py.
 
-Layers are applied from the bottom: the dataclasses' defaults, the file that `inherit:` names (relative to the file, and so on
-down), the file, the overrides. One rule says what a layer does to those below it: a section (a dataclass) merges option by
-option; everything else is a value and is replaced whole, lists and dicts with keys of the user's own (`objective.teachers`, a
-stage's `weights`) among them. So a file that names teachers has exactly those teachers. An override reaches into such values:
-`objective.teachers.dinov3.input_size=64`, `stages.0.steps=10`.
+Layers are applied from the bottom: the dataclasses' defaults, what `inherit:` names (a path relative to the file, or a recipe
+such as rectok/tiny; and so on down), the file, the overrides. One rule says what a layer does to those below it: a section (a
+dataclass) merges option by option; everything else is a value and is replaced whole, lists and dicts with keys of the user's own
+(`objective.teachers`, a stage's `weights`) among them. So a file that names teachers has exactly those teachers. An override
+reaches into such values: `objective.teachers.dinov3.input_size=64`, `stages.0.steps=10`.
 """
 
 import dataclasses
@@ -160,6 +160,8 @@ def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
     if not isinstance(parent, str):
         raise ConfigError(f"inherit must be the path of one file, not {parent!r} ({layer.where('inherit')})")
     base = path.parent / parent
+    if not base.is_file() and parent in list_recipes():
+        base = find_recipe(parent)
     if not base.is_file():
         near = nearest(parent, [p.name for p in base.parent.glob("*.yaml")] if base.parent.is_dir() else [])
         raise ConfigError(f"inherit: there is no file {base}{f'; nearest: {near!r}' if near else ''} ({layer.where('inherit')})")
