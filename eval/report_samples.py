@@ -23,8 +23,9 @@ def samples_section(views: "list[RunView]") -> str:
         width, height = Image.open(view.run.path / examples[0]["files"]["sample"]).size
         head = f"<h3>{escape(view.name)}</h3>" if view.tag else ""
         cards = "".join(_card(view, example) for example in examples)
+        labels = escape(str(view.results["protocol"]["labels"]))
         parts.append(f"""{head}<p class="soft">In each column from the top: {escape(", ".join(examples[0]["files"]))}.
-A reference image is of the class that was asked for; the untrained network starts from the same noise as the sample.</p>
+Classes: {labels}. The untrained network starts from the same noise as the sample.</p>
 <div class="cards" style="--ratio:{width}/{height}">{cards}</div>""")
     first = known[0].results
     assert first is not None

@@ -27,7 +27,7 @@ from tokenizers_lab.tokenizer import ImageTokenizer
 
 from .generator import LatentGenerator
 from .pixels import to_uint8
-from .sampling import SampleRequest, check_tokenizer, class_rows, draw_images
+from .sampling import RULES, SampleRequest, check_tokenizer, class_name, class_rows, draw_images
 
 LIMIT = 64                 # reference images, and as many samples, where data.val_limit says nothing
 FLOOR_LABEL = "the tokenizer's reconstructions"
@@ -55,7 +55,7 @@ def evaluate_generator(
     data = reference_data(run.config.data, LIMIT)
     images, keys, classes = read_reference(validation_batches(data, batch_size))
     request = SampleRequest(len(images), tuple(range(generator.null_class)))
-    labels, rule = request.labels(), request.rule
+    labels, rule = request.labels(), RULES[request.rule]
     if classes is not None and int(classes.max()) < generator.null_class:
         labels, rule = classes, LABELS_OF_REFERENCE
     untrained = untrained_copy(generator)
@@ -166,8 +166,7 @@ def write_examples(
     (folder / EXAMPLES).mkdir(exist_ok=True)
     entries = []
     for i in range(min(EXAMPLE_COUNT, len(keys))):
-        label = int(labels[i])
-        entry: dict[str, Any] = {"key": keys[i], "class": names[label] if label < len(names) else str(label), "files": {}}
+        entry: dict[str, Any] = {"key": keys[i], "class": class_name(int(labels[i]), names), "files": {}}
         for kind, images in pictures.items():
             entry["files"][kind] = f"{EXAMPLES}/{i:02d}_{kind}.png"
             array = to_uint8(images[i : i + 1])[0].permute(1, 2, 0).numpy()

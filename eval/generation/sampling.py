@@ -35,7 +35,7 @@ RULES = {
 FORMATS = ("npz", "png")
 UNFINISHED = "unfinished"                  # folder of the images that are done, until all are
 GRID = "grid.png"
-GRID_CLASSES, GRID_IMAGES = 8, 8           # rows and columns of the grid
+GRID_CLASSES, GRID_IMAGES = 8, 8           # rows and columns of the grid; of fewer classes, rows go on below
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 
 
@@ -274,10 +274,10 @@ def class_rows(labels: Tensor, names: Sequence[str] = ()) -> dict[str, list[int]
         starts = range(0, min(len(labels) // size, GRID_CLASSES) * size, size)
         return {f"{start} to {start + size - 1}": list(range(start, start + size)) for start in starts}
     chosen = sorted(sorted(members, key=lambda label: (-len(members[label]), label))[:GRID_CLASSES])
-    size = min(GRID_IMAGES, *(len(members[label]) for label in chosen))
-    return {_name(label, names): members[label][:size] for label in chosen}
+    size = min(GRID_IMAGES * (GRID_CLASSES // len(chosen)), *(len(members[label]) for label in chosen))
+    return {class_name(label, names): members[label][:size] for label in chosen}
 
 
-def _name(label: int, names: Sequence[str]) -> str:
+def class_name(label: int, names: Sequence[str]) -> str:
     """The class's name in at most 16 letters, else its number."""
     return str(names[label])[:16] if label < len(names) else f"class {label}"

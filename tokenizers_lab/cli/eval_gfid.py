@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="of the distances of precision and recall; adm-float16: as ADM's evaluator computes them; default: "
                         "float32")
     parser.add_argument("--score", choices=["adm", "torch-fidelity"], default="adm",
-                        help="splits of the Inception Score: adm, of 5,000 images in the order of the file, or torch-fidelity, ten "
+                        help="splits of the Inception Score: adm, of 5,000 images in order of the file, or torch-fidelity, ten "
                         "of shuffled images; default: adm")
     parser.add_argument("--out", metavar="JSON", help="write the result to this file")
 

@@ -198,7 +198,9 @@ def test_what_cannot_be_is_refused(tmp_path) -> None:
 
 def test_rows_of_the_grid() -> None:
     assert class_rows(torch.tensor([0, 2, 0, 2, 1, 0]), ["cat", "dog"]) == {"cat": [0], "dog": [4], "class 2": [1]}
-    assert class_rows(torch.arange(40) % 4)["class 3"] == [3, 7, 11, 15, 19, 23, 27, 31]
+    assert class_rows(torch.arange(80) % 8)["class 3"] == [3, 11, 19, 27, 35, 43, 51, 59]
+    assert class_rows(torch.arange(80) % 4)["class 3"] == list(range(3, 67, 4))
+    assert len(class_rows(torch.zeros(80, dtype=torch.int64))["class 0"]) == 64
     assert class_rows(torch.arange(20)) == {"0 to 7": list(range(8)), "8 to 15": list(range(8, 16))}
     assert class_rows(torch.arange(3)) == {"0 to 2": [0, 1, 2]}
     assert len(class_rows(torch.arange(50) % 25)) == 8
