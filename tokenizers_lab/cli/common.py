@@ -143,6 +143,11 @@ def process_group() -> Iterator[int]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0
         return
+    # Its functions have the group as a default argument, taken when it is imported. Imported inside, it would keep the group, and
+    # gloo's threads, alive beyond destroy_process_group, and the process would abort at its exit now and then ("terminate called
+    # without an active exception").
+    import torch.distributed.nn.functional  # noqa: F401
+
     # Only JSON data and features are exchanged, from the CPU; while the first process computes, the others wait.
     dist.init_process_group("gloo", timeout=timedelta(days=1))
     try:
