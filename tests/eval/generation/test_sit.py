@@ -389,7 +389,7 @@ def test_what_the_objective_refuses():
 
 def test_trained_it_generates_the_class_it_is_asked_for():
     """Latents and class token ±2 by class: signs of path, velocity and sampler have to fit."""
-    cfg = ModelConfig(channels=1, grid=2, classes=2, width=16, depth=2, heads=2, class_token=12)
+    cfg = ModelConfig(channels=1, grid=2, classes=2, width=16, depth=1, heads=2, class_token=12)
     torch.manual_seed(0)
     network, objective = SiT(cfg), objective_of(cfg, align_after=1)
     signs = torch.tensor([1.0, -1.0])
