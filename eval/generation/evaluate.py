@@ -45,13 +45,14 @@ def evaluate_generator(
     """Samples of a run's generator, of the same network untrained, and the tokenizer's reconstructions, against the images.
 
     Of each reference image's class one sample, with the network's own sampling; at most data.val_limit images, or LIMIT.
-    metrics: fid, kid, precision, recall, named after the features: EfficientNet-Lite0's, else those of a random Inception.
+    metrics: fid, kid, precision, recall, named after the features: a random Inception's, and EfficientNet-Lite0's if it is here.
     Writes grid.png and examples/ into the run's folder. Raises CheckpointError or InputError where the tokenizer is not here or
     another one, DataError where the images are not.
     """
     tokenizer, about = open_tokenizer(generator)
-    extractor = offline_extractor(generator.device)
-    check_metrics(metrics, extractor)
+    extractors = offline_extractors(generator.device)
+    for extractor in extractors:
+        check_metrics(metrics, extractor)
     data = reference_data(run.config.data, LIMIT)
     images, keys, classes = read_reference(validation_batches(data, batch_size))
     request = SampleRequest(len(images), tuple(range(generator.null_class)))
@@ -66,15 +67,17 @@ def evaluate_generator(
         return torch.cat(pieces)
 
     samples, others, floor = sampled(generator), sampled(untrained), reconstruct(tokenizer, images, batch_size)
-    reference = Reference(features_of(extractor, keys, images), source={"folder": data.val})
+    references = [Reference(features_of(extractor, keys, images), source={"folder": data.val}) for extractor in extractors]
     rows = []
     for label, role, network, made in (
         (MODEL_LABEL, "model", generator, samples), (UNTRAINED_LABEL, "untrained", untrained, others),
         (FLOOR_LABEL, "baseline", tokenizer, floor),
     ):
-        features = features_of(extractor, keys, to_uint8(made, request.rounding))
-        rows.append({"label": label, "role": role, **describe(network, role),
-                     "metrics": feature_metrics(metrics, extractor, features, reference, keys=keys)})
+        found: dict[str, Any] = {}
+        for extractor, reference in zip(extractors, references):
+            features = features_of(extractor, keys, to_uint8(made, request.rounding))
+            found |= feature_metrics(metrics, extractor, features, reference, keys=keys)
+        rows.append({"label": label, "role": role, **describe(network, role), "metrics": found})
     names = [str(name) for name in generator.provenance.get("classes", [])]
     save_rows({label: samples[row] for label, row in class_rows(labels, names).items()}, run.path / GRID)
     return {
@@ -86,7 +89,7 @@ def evaluate_generator(
         "protocol": {
             **data_protocol(data), "images_sha256": text_sha256([pixels_sha256(image) for image in images]),
             "size": list(images.shape[2:]), "rounding": f"uint8, {request.rounding}", "labels": rule, "seed": request.seed,
-            "sampling": asdict(generator.cfg.sampling), "tokenizer": about, "features": extractor.protocol(),
+            "sampling": asdict(generator.cfg.sampling), "tokenizer": about, "features": [extractor.protocol() for extractor in extractors],
         },
         "environment": environment(generator.device),
     }
@@ -106,12 +109,13 @@ def open_tokenizer(generator: LatentGenerator) -> tuple[ImageTokenizer, dict[str
     return tokenizer, {"name": named["name"], "weights_sha256": digest, "check": check}
 
 
-def offline_extractor(device: torch.device) -> FeatureExtractor:
-    """EfficientNet-Lite0 where it is here or can be fetched, else Inception with random weights."""
+def offline_extractors(device: torch.device) -> list[FeatureExtractor]:
+    """Inception with random weights, and EfficientNet-Lite0 where it is here or can be fetched."""
+    random = build_extractor("random", device=device)
     try:
-        return build_extractor("teacher", device=device)
+        return [random, build_extractor("teacher", device=device)]
     except WeightsMissing:
-        return build_extractor("random", device=device)
+        return [random]
 
 
 def reference_data(cfg: Any, limit: int) -> ImageDataConfig:

@@ -41,6 +41,9 @@ class Compressor(nn.Module):
         fused = sum(out * fold**2 for out, fold in zip(cfg.widths, self.folds))
         outputs = cfg.latent_channels * (2 if cfg.latent == "gaussian" else 1)
         self.fuse = build_projection(cfg.compress, fused, outputs, cfg.compress_layers)
+        if cfg.latent == "gaussian":
+            last = self.fuse if isinstance(self.fuse, nn.Linear) else self.fuse.blocks[-1].proj
+            nn.init.constant_(last.bias[cfg.latent_channels :], cfg.logvar_bias)
 
     @staticmethod
     def fold(downsample: int, stride: float) -> int:

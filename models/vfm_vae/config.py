@@ -48,6 +48,7 @@ class ModelConfig:
     downsample: int = 16              # pixels a side of a latent position
     latent: str = "gaussian"          # gaussian; vq: normalised codebooks, one for each group of channels; fsq
     latent_channels: int = 32         # C
+    logvar_bias: float = 0.0          # latent: gaussian: first log-variance of the posterior (0 as published)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     vfm: VFMConfig = field(default_factory=VFMConfig)
     widths: list[int] = field(default_factory=lambda: [64, 64, 64])   # channels to which each layer's features are projected

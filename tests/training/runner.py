@@ -55,7 +55,7 @@ TADICODEC = [      # whole clips in batches of similar length; the vocoder again
 VFM_VAE = [      # both discriminators, and the guard, from the last losses on; half of the decoder in stage b
     "name=short", "train.batch_size=4", "train.log_every=1", "train.checkpoint_every=2", "train.validate_every=4",
     "train.ema_rampup=0.05", "train.guard={jump: 2, terms: [l1], discriminator: 1e4}", "data.val_limit=3", "data.size=32",
-    "data.crop_min=0", "data.crop_share=0.5", "model.image_size=32", "model.latent_channels=4", "model.widths=[4, 4, 16]",
+    "data.crop_min=0", "data.crop_share=0.5", "model.image_size=32", "model.latent_channels=4", "model.widths=[4, 16]",
     "model.code=16", "model.channel_base=3072", "model.channel_max=24", "model.latent_widths=[24, 16, 16, 8]",
     "model.expansion=2", "objective.lpips=none", "objective.patchgan_width=4", "objective.judge.size=32",
     "stages=[{name: a, steps: 8, lr: 1e-3, weights: {l1: 1, ssim: 1, multiscale: 1, kl: 1e-6, vf: 1, gan: 0.1}, "

@@ -186,4 +186,4 @@ def test_without_the_teacher_features_are_random(monkeypatch) -> None:
         return kind
 
     monkeypatch.setattr(module, "build_extractor", missing)
-    assert module.offline_extractor(torch.device("cpu")) == "random"
+    assert module.offline_extractors(torch.device("cpu")) == ["random"]
