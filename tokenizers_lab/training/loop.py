@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed.nn.functional      # before there are processes: see cli/common.process_group
+import torch.distributed.nn.functional  # before there are processes: see cli/common.process_group
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from tokenizers_lab.config import override_objective
