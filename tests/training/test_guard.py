@@ -100,3 +100,15 @@ def test_a_jump_of_less_than_one_is_refused(config):
         config(PLAIN, "train.guard.jump=0.5")
     with pytest.raises(ConfigError, match="discriminator must not be negative"):
         config(PLAIN, "train.guard.discriminator=-1")
+
+
+def test_vfm_vaes_recipe_has_the_papers_guard_ramp_and_crops():
+    strong, weak = (load_config(f"vfm_vae/imagenet256-{stage}") for stage in ("strong", "weak"))
+    guard = strong.train.guard
+    assert (guard.jump, guard.discriminator, guard.terms) == (10, 1e4, ["l1", "lpips", "ssim", "multiscale"])
+    assert weak.train.guard == guard
+    assert 50_000 <= guard.start * strong.train.batch_size < 51_000
+    half_life = math.log(0.5) / math.log(strong.train.ema) * strong.train.batch_size
+    assert half_life == pytest.approx(160_000, rel=0.01)
+    assert (strong.train.ema_rampup, weak.train.ema_rampup) == (0.05, 0)      # the second stage goes on with the average
+    assert (strong.data.crop, strong.data.crop_share, strong.data.crop_filter) == ("random", 0.5, "lanczos")
