@@ -140,12 +140,12 @@ def test_decode_refuses_what_another_model_made(tmp_path, model, capsys):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_make_a_shard_each_and_keep_what_is_said(tmp_path, model, workers):
-    write_shards(tmp_path / "tars", [5, 0, 7], speech=True, bad=(2, 11))
-    words = ["tars/{0..2}.tar", "out", "--model", model["lm_spt"], "--batch-size", 3, "--bad-fraction", 0.2]
+    write_shards(tmp_path / "tars", [6, 0, 5, 1], speech=True, bad=(2, 11))      # two full blocks, none, one not full
+    words = ["tars/{0..3}.tar", "out", "--model", model["lm_spt"], "--batch-size", 3, "--bad-fraction", 0.2]
     assert tokenize(*words, "--workers", workers) == 0
-    assert token_shards("out") == [f"shard-{i:06d}.tar" for i in range(3)]
+    assert token_shards("out") == [f"shard-{i:06d}.tar" for i in range(4)]
     keys = [[sample.key for sample in read_token_shard(f"out/{name}")] for name in token_shards("out")]
-    assert keys == [[f"set/{i:05d}" for i in (0, 1, 3, 4)], [], [f"set/{i:05d}" for i in range(5, 11)]]
+    assert keys == [[f"set/{i:05d}" for i in (0, 1, 3, 4, 5)], [], [f"set/{i:05d}" for i in range(6, 11)], []]
     first = next(read_tokens("out"))
     assert first.about["source"]["dnsmos"] == 3.5 and first.about["file"] == "0.tar/set/00000"
     assert (first.about["text"], first.about["label"]) == ("Sample 0.", 0)
