@@ -73,9 +73,9 @@ def draw(figure: dict[str, Any]) -> str:
     height = 2 * MARGIN + HEIGHT + (bottom - top) * STEP_Y + 34
     used = [kind for kind in KINDS if any(b[2] == kind for b in boxes.values())]
     legend = "".join(
-        f'<rect x="{MARGIN + 132 * i}" y="{height - 26:g}" width="16" height="12" rx="3" fill="{KINDS[kind][0]}" '
+        f'<rect x="{MARGIN + 144 * i}" y="{height - 26:g}" width="16" height="12" rx="3" fill="{KINDS[kind][0]}" '
         f'stroke="{KINDS[kind][1]}"{f""" stroke-dasharray="{KINDS[kind][2]}" """ if KINDS[kind][2] else ""}/>'
-        f'<text x="{MARGIN + 132 * i + 22}" y="{height - 16:g}" text-anchor="start">{KINDS[kind][3]}</text>'
+        f'<text x="{MARGIN + 144 * i + 22}" y="{height - 16:g}" text-anchor="start">{KINDS[kind][3]}</text>'
         for i, kind in enumerate(used))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" '
