@@ -30,8 +30,8 @@ TEACHERS = {
         "num_mel_bins": "128",
     },
     "vit_small_patch16_224.dino": {
-        "model_type": "vit", "hidden_size": "384", "intermediate_size": "1536", "num_hidden_layers": "12",
-        "num_attention_heads": "6", "patch_size": "16", "image_size": "224",
+        "model_type": "dinov2", "hidden_size": "384", "num_hidden_layers": "12", "num_attention_heads": "6", "patch_size": "16",
+        "image_size": "224",      # as large, but for its layer scales
     },
 }
 CLASSIFIERS = {"convnext-small": "convnext_small", "lpips-vgg16": "vgg16", "lpips-alexnet": "alexnet"}      # torchvision's names

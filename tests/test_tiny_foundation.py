@@ -1,4 +1,4 @@
-"""VFM-VAE's tiny recipe, all four stages of it, beats each patch's mean colour on held-out photographs; see test_tiny_images.py."""
+"""VFM-VAE's tiny recipe, all four stages of it, beats each patch's mean colour on held-out photographs."""
 
 import pytest
 from tiny_recipes import check_recipe

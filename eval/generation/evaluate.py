@@ -89,7 +89,8 @@ def evaluate_generator(
         "protocol": {
             **data_protocol(data), "images_sha256": text_sha256([pixels_sha256(image) for image in images]),
             "size": list(images.shape[2:]), "rounding": f"uint8, {request.rounding}", "labels": rule, "seed": request.seed,
-            "sampling": asdict(generator.cfg.sampling), "tokenizer": about, "features": [extractor.protocol() for extractor in extractors],
+            "sampling": asdict(generator.cfg.sampling), "tokenizer": about,
+            "features": [extractor.protocol() for extractor in extractors],
         },
         "environment": environment(generator.device),
     }

@@ -114,7 +114,8 @@ class VFMVAE(ImageTokenizer):
 
     def features(self, images: Tensor, layers: Sequence[int] = (-1,)) -> list[LayerTokens]:
         """What the frozen foundation model says of images after each of these blocks, or stages of a CNN (from 0; negative: from
-        the end): patch tokens, and the class token where it has one; of the last block behind the final norm, where its kind has one.
+        the end): patch tokens, and the class token where it has one; of the last block behind the final norm, where its
+        kind has one.
 
         Training changes nothing of them. Raises InputError on unusable images and on layers that are not there.
         """

@@ -143,7 +143,7 @@ def layer_numbers(text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise InputError(f"--layers {text}: write numbers with commas between them, such as --layers=0,5 or --layers=-4,-1") from None
+        raise InputError(f"--layers takes numbers such as 0,5 or, from the end, --layers=-4,-1, not '{text}'") from None
 
 
 def parts_of(data: str, val: str | None, holdout: int | None) -> tuple[str, str | None]:

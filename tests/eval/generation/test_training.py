@@ -26,8 +26,8 @@ SIZES = {
     "ditdh": ["model.width=16", "model.depth=2", "model.heads=2", "model.head_width=24", "model.head_depth=1",
               "model.head_heads=2"],
 }
-TEACHER = ("objective.teacher={backend: random, input_size: 28, config: {model_type: dinov2, hidden_size: 24, num_hidden_layers: 1, "
-           "num_attention_heads: 2, image_size: 28, patch_size: 14, intermediate_size: 32}}")
+TEACHER = ("objective.teacher={backend: random, input_size: 28, config: {model_type: dinov2, hidden_size: 24, "
+           "num_hidden_layers: 1, num_attention_heads: 2, image_size: 28, patch_size: 14, intermediate_size: 32}}")
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +110,18 @@ def test_hidden_tokens_follow_a_teacher(places, tmp_path):
     assert '"alignment"' in (result.folder / "metrics.jsonl").read_text()
     heads = load_file(result.folder / "checkpoints/step_00000002/training/objective.safetensors")
     assert heads["heads.projector.0.weight"].shape == (16, 16)
-    with pytest.raises(ConfigError, match="objective.tokenizer: cached latents show none"):
+    with pytest.raises(ConfigError, match=r"objective\.tokenizer: cached latents show none"):
         load_config(recipe("lightningdit"), options(places, tmp_path, "lightningdit", "latents", *more))
 
 
 def test_what_does_not_fit_is_said(places, tmp_path):
     given = options(places, tmp_path, "lightningdit", "latents")
-    with pytest.raises(ConfigError, match="latents \\(4, 4, 4\\), but model.channels"):
+    with pytest.raises(ConfigError, match=r"latents \(4, 4, 4\), but model\.channels"):
         train(load_config(recipe("lightningdit"), [*given, "model.channels=6"]))
-    with pytest.raises(DataError, match="class 2, but model.classes is 2"):
+    with pytest.raises(DataError, match=r"class 2, but model\.classes is 2"):
         train(load_config(recipe("lightningdit"), [*given, "model.classes=2"]), resume="fresh")
     images = [*options(places, tmp_path, "ditdh", "images"), "objective.tokenizer=null"]
-    with pytest.raises(ConfigError, match="objective.tokenizer, or cache their latents"):
+    with pytest.raises(ConfigError, match=r"objective\.tokenizer, or cache their latents"):
         train(load_config(recipe("ditdh"), images))
 
 
