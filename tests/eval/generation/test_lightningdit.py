@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from tokenizers_lab.cli.main import call
 from tokenizers_lab.data.batch import LatentBatch
 from tokenizers_lab.draw import Draw
 from tokenizers_lab.errors import CheckpointError, ConfigError, InputError
@@ -239,3 +240,21 @@ def test_the_hub_file_is_converted(tmp_path):
     converted = convert_official("lightningdit", file)
     assert converted.tokenizer.system == "lightningdit" and converted.tokenizer.provenance["licence"] == "MIT"
     assert converted.tokenizer.cfg.sampling.steps == 249 and converted.heads == {}
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_the_released_statistics_are_converted_with_it(tmp_path, capsys, ending):
+    stats = {"mean": torch.linspace(-1, 1, 8).view(1, 8, 1, 1), "std": torch.linspace(0.5, 2, 8).view(1, 8, 1, 1)}
+    file = tmp_path / f"stats.{ending}"
+    torch.save(stats, file) if ending == "pt" else save_file(stats, file)
+    arguments = json.loads((SET / "config.json").read_text())["constructor_args"]
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments))
+    words = ["convert", "lightningdit", str(SET / "weights.safetensors"), str(tmp_path / "out"), "--official-config",
+             str(tmp_path / "arguments.json"), "--latent-stats"]
+    assert call([*words, str(file)]) == 0
+    generator = load(tmp_path / "out")
+    assert torch.equal(generator.latent_mean, stats["mean"][0]) and torch.equal(generator.latent_std, stats["std"][0])
+    torch.save({"mean": stats["mean"]}, tmp_path / "half.pt")
+    words[3] = str(tmp_path / "other")
+    assert call([*words, str(tmp_path / "half.pt")]) == 2
+    assert "holds no tensors 'mean' and 'std'" in capsys.readouterr().err
