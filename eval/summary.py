@@ -13,6 +13,8 @@ from .report import REPORT, write_report
 from .runs import EXAMPLES, GRID, METRICS_FILE, NOUNS, RESULTS, RunFolder, evaluate_run, open_run
 from .summary_lines import codes_line, format_value, latents_line, step_cells, step_heads, steps_note
 
+NUMBER_WIDTH = 8      # characters of a value
+
 
 def finish_run(
     run_folder: str | Path, device: torch.device | str = "cpu", metrics: Sequence[str] | None = None
@@ -41,12 +43,12 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     console = console or Console()
     run, noun = summary["run"], NOUNS[summary["kind"].split()[0]]
     table = Table(title=f"{run['system']}-{run['name']}: {run['status']}, {summary['n']} held-out {noun}", title_justify="left")
-    table.add_column("", no_wrap=True)
     names = list(summary["rows"][0]["metrics"])
+    table.add_column("", no_wrap=len(names) < 4, overflow="fold")      # of many metrics the numbers must stay whole
     titles = {name: summary["rows"][0]["metrics"][name]["title"] for name in names}
     for name in names:
         unit = summary["rows"][0]["metrics"][name].get("unit")
-        table.add_column(f"{titles[name]}, {unit}" if unit else titles[name], justify="right")
+        table.add_column(f"{titles[name]}, {unit}" if unit else titles[name], justify="right", min_width=NUMBER_WIDTH)
     for row in summary["rows"]:
         table.add_row(row["label"], *(format_value(row["metrics"].get(name), interval=False) for name in names))
     table.add_section()
