@@ -139,7 +139,7 @@ STAGE = "stages:\n- name: q\n  steps: 3\n  weights: {mse: 1}\n"
     (STAGE.replace("- name: q\n  steps", "- steps"), 0, "stages.0.name: needs a value"),
     (STAGE + "  starts:\n    mae: 2\n", 7, "stages.0.starts.mae: the stage has no weight for 'mae'; nearest: 'mse'"),
     (STAGE + "  schedule: cosin\n", 6,
-     "stages.0.schedule must be one of cosine, constant, inverse_sqrt; not 'cosin'; nearest: 'cosine'"),
+     "stages.0.schedule must be one of cosine, linear, constant, inverse_sqrt; not 'cosin'; nearest: 'cosine'"),
     (STAGE + "  schedule: inverse_sqrt\n  warmup: 0\n", 7,
      "stages.0.warmup: must be above 0 for schedule=inverse_sqrt, which falls as √(warmup / done)"),
     (STAGE + "  discriminator_schedule: constnat\n", 6,

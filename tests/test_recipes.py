@@ -35,10 +35,14 @@ PUBLISHED = {
     "vtp/base": {"trunk": 85_690_368, "decoder": 85_708_800, "contrast": 589_825, **VTP_TEXT},
     "vtp/small": {"trunk": 21_611_520, "decoder": 21_621_120, "contrast": 294_913, **VTP_TEXT},
     **{f"vfm_vae/imagenet256-{stage}": VFM_VAE for stage in ("strong", "weak", "ssim", "patchgan")},
+    # generators, whole, with their position tables; SiT's by its formula, with REG's class token
+    "generation/rectok-ditdh-xl": {"": 835_316_436}, "generation/rectok-ditdh-s": {"": 193_587_924},
+    "generation/vtp-lightningdit-xl": {"": 675_330_496}, "generation/vtp-lightningdit-b": {"": 130_605_376},
+    "generation/vfm_vae-lightningdit-xl": {"": 675_256_736}, "generation/uniflow-lightningdit-xl": {"": 675_330_496},
+    "generation/vfm_vae-sit-xl": {"": 676_626_848},
 }
-OF_OURS = {"lm_spt/librispeech24k-25hz", "lm_spt/librispeech24k-6hz",       # frame rates without a published configuration
-           "tadicodec/vocoder-24k-tiny", "xy_tokenizer/tiny-stage1", "xy_tokenizer/tiny-stage2"}      # parts of tiny recipes
-PAPER = [name for name in list_recipes() if not name.endswith("/tiny")]
+OF_OURS = {"lm_spt/librispeech24k-25hz", "lm_spt/librispeech24k-6hz"}      # frame rates without a published configuration
+PAPER = [name for name in list_recipes() if "tiny" not in name.partition("/")[2]]
 
 
 def count(module):

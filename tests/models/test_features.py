@@ -15,7 +15,7 @@ from tokenizers_lab.models.vfm_vae.config import VFMConfig
 from tokenizers_lab.models.vfm_vae.vfm import FoundationModel
 from tokenizers_lab.registry import systems
 
-IMAGE_SYSTEMS = [name for name in systems() if hasattr(load_config(f"{name}/tiny").model, "image_size")]
+IMAGE_SYSTEMS = [name for name, system in systems().items() if system.kind == "image"]
 DINO = {"model_type": "dinov2", "image_size": 56, "patch_size": 8, "mlp_ratio": 2, "hidden_size": 32, "num_hidden_layers": 3,
         "num_attention_heads": 4}
 SIGLIP = {"model_type": "siglip_vision_model", "image_size": 64, "patch_size": 8, "intermediate_size": 48, "hidden_size": 32,
