@@ -218,7 +218,8 @@ def test_the_command(tmp_path, fitted, toy_system, capsys):
         (["--val", "x", "--holdout", "3"], "does not go with --holdout"), (["--features", "blocks"], "no features of layers"),
         (["--blocks", "2"], "these are latents"), (["--layers", "0,1"], "these are latents"),
         (["--features", "blocks", "--layers", "0", "--blocks", "2"], "give one of them"),
-        (["--features", "blocks", "--layers", "0,a"], "numbers with commas"), (["--grid", "0"], "--grid must be at least 1"),
+        (["--features", "blocks", "--layers", "0,a"], "--layers takes numbers"),
+        (["--grid", "0"], "--grid must be at least 1"),
     ):
         assert call([*words, *extra]) == 2
         assert message in capsys.readouterr().err

@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="OFFICIAL.pth", help="the authors' checkpoint: a torch file or safetensors")
     parser.add_argument("out", metavar="OUT", help="folder for the converted weights")
     parser.add_argument("--heads", action="store_true", help="also keep what only training needs, such as semantic decoders")
-    parser.add_argument("--latent-stats", metavar="FILE", help="generators: the released mean and std of the latents, a torch file "
-                        "or safetensors")
+    parser.add_argument("--latent-stats", metavar="FILE", help="generators: the latents' released mean and std, a torch file or "
+                        "safetensors")
     parser.add_argument("--official-config", metavar="JSON", help="the authors' constructor arguments, for sizes of your own")
 
 

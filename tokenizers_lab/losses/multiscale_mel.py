@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .spectral import MelSpectrogram
+from .spectral import MelSpectrogram, widest
 
 
 class MultiWindowMelLoss(nn.Module):
@@ -28,12 +28,12 @@ class MultiWindowMelLoss(nn.Module):
 
     def terms(self, estimate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         """(log terms, magnitude terms), one a window, of audio (B, 1, L) or (B, L) of equal lengths."""
-        logs, magnitudes = [], []
+        logs, magnitudes, dtype = [], [], torch.promote_types(estimate.dtype, torch.float32)
         for scale in self.scales:
-            ours, theirs = scale(estimate), scale(reference)
+            ours, theirs = scale(widest(estimate)), scale(widest(reference))
             logs.append(F.l1_loss(self.level(ours), self.level(theirs)))
             magnitudes.append(F.l1_loss(ours, theirs))
-        return torch.stack(logs), torch.stack(magnitudes)
+        return torch.stack(logs).to(dtype), torch.stack(magnitudes).to(dtype)
 
     def level(self, mel: Tensor) -> Tensor:
         """log10 of max(mel, floor)^power."""

@@ -47,6 +47,11 @@ def mel_filters(
     return filters.float()
 
 
+def widest(audio: Tensor) -> Tensor:
+    """In float64 where the device has it: float32 transforms differ between processors by more than quiet bands can bear."""
+    return audio.float() if audio.device.type == "mps" else audio.double()
+
+
 def stft_magnitude(audio: Tensor, n_fft: int, hop: int, window: Tensor, center: bool = True) -> Tensor:
     """|STFT| (B, bins, frames) of audio (B, T), not normalised.
 

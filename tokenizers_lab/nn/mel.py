@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenizers_lab.losses.spectral import log_mel, mel_filters, stft_magnitude
+from tokenizers_lab.losses.spectral import log_mel, mel_filters, stft_magnitude, widest
 
 WHISPER_RATE, WHISPER_FFT, WHISPER_HOP = 16_000, 400, 160
 
@@ -28,8 +28,8 @@ def whisper_log_mel(audio: Tensor, bands: int, samples: int, floor_over_batch: b
     """
     audio = F.pad(audio, (0, samples - audio.shape[-1]))                       # a negative padding cuts
     window = torch.hann_window(WHISPER_FFT, device=audio.device)
-    power = stft_magnitude(audio.float(), WHISPER_FFT, WHISPER_HOP, window)[..., :-1].square()     # (B, 201, frames)
-    level = (whisper_filters(bands).to(power) @ power).clamp_min(1e-10).log10()
+    power = stft_magnitude(widest(audio), WHISPER_FFT, WHISPER_HOP, window.to(widest(audio)))[..., :-1].square()
+    level = (whisper_filters(bands).to(power) @ power).clamp_min(1e-10).log10().float()            # (B, bands, frames)
     loudest = level.amax() if floor_over_batch else level.amax((-2, -1), keepdim=True)
     return (torch.maximum(level, loudest - 8) + 4) / 4
 
