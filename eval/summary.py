@@ -44,7 +44,7 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     run, noun = summary["run"], NOUNS[summary["kind"].split()[0]]
     table = Table(title=f"{run['system']}-{run['name']}: {run['status']}, {summary['n']} held-out {noun}", title_justify="left")
     names = list(summary["rows"][0]["metrics"])
-    table.add_column("", no_wrap=len(names) < 4, overflow="fold")      # of many metrics the numbers must stay whole
+    table.add_column("", no_wrap=len(names) < 4, min_width=22, overflow="fold")      # of many metrics the numbers stay whole
     titles = {name: summary["rows"][0]["metrics"][name]["title"] for name in names}
     for name in names:
         unit = summary["rows"][0]["metrics"][name].get("unit")
