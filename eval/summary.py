@@ -13,7 +13,7 @@ from .report import REPORT, write_report
 from .runs import EXAMPLES, GRID, METRICS_FILE, NOUNS, RESULTS, RunFolder, evaluate_run, open_run
 from .summary_lines import codes_line, format_value, latents_line, step_cells, step_heads, steps_note
 
-NUMBER_WIDTH = 8      # characters of a value
+NUMBER_WIDTHS = 8, 11      # characters of a value, and of its column where there are many
 
 
 def finish_run(
@@ -44,11 +44,12 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     run, noun = summary["run"], NOUNS[summary["kind"].split()[0]]
     table = Table(title=f"{run['system']}-{run['name']}: {run['status']}, {summary['n']} held-out {noun}", title_justify="left")
     names = list(summary["rows"][0]["metrics"])
-    table.add_column("", no_wrap=len(names) < 4, min_width=22, overflow="fold")      # of many metrics the numbers stay whole
+    table.add_column("", no_wrap=len(names) < 4, overflow="fold")      # many metrics leave it little room
     titles = {name: summary["rows"][0]["metrics"][name]["title"] for name in names}
     for name in names:
         unit = summary["rows"][0]["metrics"][name].get("unit")
-        table.add_column(f"{titles[name]}, {unit}" if unit else titles[name], justify="right", min_width=NUMBER_WIDTH)
+        table.add_column(f"{titles[name]}, {unit}" if unit else titles[name], justify="right", min_width=NUMBER_WIDTHS[0],
+                         max_width=NUMBER_WIDTHS[1] if len(names) > 3 else None)
     for row in summary["rows"]:
         table.add_row(row["label"], *(format_value(row["metrics"].get(name), interval=False) for name in names))
     table.add_section()
