@@ -1,7 +1,5 @@
 """The toy system, registered for the tests that ask for it."""
 
-import os
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -26,15 +24,3 @@ def one_thread() -> None:
 def fitted() -> Toy:
     torch.manual_seed(0)
     return Toy(ToyConfig()).fit(pictures(16)).eval()
-
-
-@pytest.fixture
-def chromium() -> str:
-    """Path of the browser; CI must have one."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if found is None:
-        reason = "no Chromium on this machine (Debian: apt-get install chromium)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return found

@@ -49,16 +49,17 @@ def small() -> tuple[Vocos, VocoderLosses, torch.Tensor, torch.Tensor]:
 # --- the authors' tensors -------------------------------------------------------------------------------------------------
 
 def failures() -> list[str]:
-    """Names of the vocoder's tensors that are not reproduced."""
+    """Names of the vocoder's tensors that are not reproduced. The training's mel is compared by itself, and the rest starts from
+    the authors': in one band of the loss both sounds are so close that rounding of the mel decides the sign of a gradient."""
     rules = read_rules(PARITY / "tolerance.json")
     given = read_tensors(PARITY / "io.safetensors", rules, inputs=True)
     reference = read_tensors(PARITY / "io.safetensors", rules, inputs=False)
     guided = reference["sample.guided"]
-    computed = vocoder_tensors(PARITY, CONFIG, given, lambda audio: vocoder_mel(audio[:, 0], MelConfig(), 24_000), guided)
+    computed = vocoder_tensors(PARITY, CONFIG, given, lambda audio: reference["vocoder_train.mel"], guided)
+    computed["vocoder_train.mel"] = vocoder_mel(given["vocoder_train.wav"], MelConfig(), 24_000)
     wanted = {k: v for k, v in reference.items() if k.split(".")[0] in ("vocoder", "vocoder_train", "pipeline")}
     assert len(wanted) == 37 and set(computed) == set(wanted)
-    ties = {"vocoder_train.grad_norm.vocoder": 2e-4}      # of a sign that rounding decides, see test_parity.py
-    return [name for name, value in wanted.items() if compare(name, computed[name], value, ties.get(name, 1e-5)).failed]
+    return [name for name, value in wanted.items() if compare(name, computed[name], value, 1e-5).failed]
 
 
 def test_every_tensor_of_the_authors_is_reproduced():

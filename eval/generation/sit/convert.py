@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenizers_lab.errors import CheckpointError, ConfigError
 from tokenizers_lab.eval.generation.objective import projector
+from tokenizers_lab.eval.generation.official import OURS_ONLY, official_state
 from tokenizers_lab.network import check_fit
 
 from .config import SIZES, ModelConfig, Size
@@ -40,7 +41,6 @@ RENAMES = [
     (r"^class_embed\.", "cls_projectors2."),
     (r"^class_norm\.", "wg_norm."),
 ]
-OURS_ONLY = ("latent_mean", "latent_std")
 
 
 class Converted(NamedTuple):
@@ -57,7 +57,7 @@ def from_official(checkpoint: Mapping[str, Any], config: Mapping[str, Any] | Non
     config: the authors' constructor arguments (`depth`, `num_heads`), needed only where a width is not in their table of sizes.
     Raises CheckpointError on a key that is missing, left over or of another shape, and on several projectors.
     """
-    state = official_state(checkpoint)
+    state = official_state(checkpoint, "REG")
     model, width_out = infer_model(state, config or {}), infer_projector(state)
     with torch.device("meta"):
         network = SiT(model)
@@ -77,14 +77,6 @@ def from_official(checkpoint: Mapping[str, Any], config: Mapping[str, Any] | Non
 def to_official(tokenizer: Mapping[str, Tensor], heads: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The official state dict from ours: the inverse of `from_official`. Latent statistics are dropped."""
     return {official_name(k): v for k, v in {**tokenizer, **(heads or {})}.items() if k not in OURS_ONLY}
-
-
-def official_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict of a checkpoint: its moving average if it has one."""
-    state = next((checkpoint[name] for name in ("ema", "model") if isinstance(checkpoint.get(name), Mapping)), checkpoint)
-    if not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise CheckpointError("this is no REG checkpoint: it has neither 'ema' nor 'model', and is no state dict")
-    return dict(state)
 
 
 def official_name(key: str) -> str:

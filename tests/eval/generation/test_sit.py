@@ -463,7 +463,7 @@ def test_wrong_checkpoints_are_refused():
         ({k: v for k, v in state.items() if k != "pos_embed"}, "misses pos_embed"),
         ({k: v for k, v in state.items() if k != "projectors.0.4.weight"}, "misses projectors.0.4.weight"),
         ({**state, "wg_norm.weight": torch.zeros(3)}, "another shape wg_norm.weight"),
-        ({"epoch": 3}, "no REG checkpoint"),
+        ({"epoch": 3}, "no checkpoint of REG: it has none of ema"),
     ):
         with pytest.raises(CheckpointError, match=message):
             from_official(wrong, arguments)
